@@ -1,0 +1,46 @@
+# Each target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NAME ?= pretrain
+# One rank a GPU; without GPUs, two ranks on the CPU.
+RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+
+.PHONY: pretrain test lint types benchmark clean
+
+pretrain: $(VENV)/.run
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME)
+	$(BIN)/kilotron generate outputs/$(NAME) --prompt "The following" --max-new-tokens 100
+	@echo
+	@echo "What to try next:"
+	@echo "  another text   $(BIN)/kilotron generate outputs/$(NAME) --prompt 'Return the' --temperature 0.7 --seed 1"
+	@echo "  train longer   make pretrain NAME=longer, after raising train.steps in conf/experiment/pretrain.yaml"
+	@echo "  your own text  $(BIN)/kilotron prepare FILES --tokenizer bytes --output outputs/my_text"
+	@echo "                 $(BIN)/python pretrain_gpt.py name=mine data.path=outputs/my_text"
+	@echo "  every setting  $(BIN)/python pretrain_gpt.py --help"
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.train_step
+
+$(VENV)/.run: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Kilotron needs Python 3.11 or newer: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs *.egg-info

@@ -1,0 +1,93 @@
+"""Causal self-attention: multi-head, grouped-query and multi-query, with a key/value cache for decoding."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.config import ModelConfig
+from core.rotary import RotaryTable, apply_rotary
+from parallel.layers import Linear
+
+
+class KeyValueCache:
+    """Keys and values of the positions one layer has seen, so that decoding computes only the new ones.
+
+    Args:
+        batch_size: sequences decoded together.
+        query_groups: key/value heads.
+        max_length: positions there is room for.
+        head_dim: width of a head.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        query_groups: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch_size, query_groups, max_length, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new positions, each `[batch, groups, new, head_dim]`; returns those of all positions so far."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(head_dim)) V over earlier positions (arXiv:1706.03762).
+
+    Query heads share keys and values in groups (arXiv:2305.13245): one group a head is multi-head attention, one group
+    in all is multi-query attention.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        query_width = config.num_attention_heads * self.head_dim
+        group_width = config.query_groups * self.head_dim
+        self.query = Linear(config.hidden_size, query_width, bias=config.bias, init_std=config.init_std)
+        self.key = Linear(config.hidden_size, group_width, bias=config.bias, init_std=config.init_std)
+        self.value = Linear(config.hidden_size, group_width, bias=config.bias, init_std=config.init_std)
+        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+        self.output = Linear(query_width, config.hidden_size, bias=config.bias, init_std=residual_std)
+        self.grouped = config.query_groups != config.num_attention_heads
+
+    def forward(
+        self, x: torch.Tensor, rotary: RotaryTable | None = None, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """`[batch, seq, hidden]` to the same shape; with a cache, `x` holds the positions after the cached."""
+        batch, seq, _ = x.shape
+        query, key, value = (
+            layer(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self._mask_after(key.shape[2], seq, x.device),
+            is_causal=key.shape[2] == seq and seq > 1,
+            enable_gqa=self.grouped,
+        )
+        return self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
+
+    @staticmethod
+    def _mask_after(keys: int, queries: int, device: torch.device) -> torch.Tensor | None:
+        """The mask of several queries behind cached keys; otherwise `is_causal` says it, or one query sees all."""
+        if queries in (1, keys):
+            return None
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,0 +1,79 @@
+"""The `model` group: every dimension and choice that defines a GPT, free of torch and numpy."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is. A null dimension is derived from the others: read it by the property below."""
+
+    num_layers: int = field(default=12, metadata={"min": 1})
+    """Transformer layers."""
+    hidden_size: int = field(default=768, metadata={"min": 1})
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = field(default=None, metadata={"min": 1})
+    """Width inside the MLP; null: 4 * hidden_size, for swiglu 8/3 * hidden_size rounded up to a multiple of 64."""
+    num_attention_heads: int = field(default=12, metadata={"min": 1})
+    """Query heads."""
+    num_query_groups: int | None = field(default=None, metadata={"min": 1})
+    """Key/value heads, each shared by a group of query heads; null: num_attention_heads."""
+    head_dim: int | None = field(default=None, metadata={"min": 1})
+    """Width of a head; null: hidden_size / num_attention_heads."""
+    vocab_size: int | None = field(default=None, metadata={"min": 1})
+    """Rows of the embedding; null: the tokenizer's vocabulary, else at least as large."""
+    max_position_embeddings: int = field(default=1024, metadata={"min": 1})
+    """Longest sequence the model is meant for; the number of learned positions where they are learned."""
+    normalization: str = field(default="layernorm", metadata={"choices": ("layernorm", "rmsnorm")})
+    """Normalisation before attention, before the MLP and before the output head."""
+    norm_eps: float = field(default=1e-5, metadata={"above": 0.0})
+    """Added to the variance under the root."""
+    activation: str = field(default="gelu", metadata={"choices": ("gelu", "gelu_tanh", "relu2", "swiglu")})
+    """Non-linearity of the MLP; gelu_tanh is GPT-2's approximation, swiglu is gated (arXiv:2002.05202)."""
+    position_embedding: str = field(default="learned", metadata={"choices": ("learned", "rope", "none")})
+    """How positions enter: a learned table, rotary embedding (arXiv:2104.09864), or not at all."""
+    rope_theta: float = field(default=10_000.0, metadata={"above": 0.0})
+    """Base of the rotary frequencies."""
+    rope_scaling: str | None = None
+    """Rescaling of the rotary frequencies for contexts longer than trained on."""
+    bias: bool = True
+    """Biases in linear layers and in layernorm."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head before attention."""
+    sliding_window: int | None = field(default=None, metadata={"min": 1})
+    """Positions a query looks back on; null: all."""
+    tie_embeddings: bool = True
+    """Use the word embedding as the output head."""
+    dropout: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
+    """Probability of dropping an element of the embedding and of each residual branch."""
+    init_std: float = field(default=0.02, metadata={"above": 0.0})
+    """Standard deviation of initial weights; residual projections take init_std / sqrt(2 * num_layers), like GPT-2."""
+    num_experts: int | None = field(default=None, metadata={"min": 1})
+    """Experts a mixture-of-experts layer holds; null: dense."""
+    moe_top_k: int = field(default=2, metadata={"min": 1})
+    """Experts each token visits."""
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the MLP, derived where `ffn_hidden_size` is null."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return -(-8 * self.hidden_size // (3 * 64)) * 64
+        return 4 * self.hidden_size
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, derived where `num_query_groups` is null."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head, derived where `head_dim` is null."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, once the configuration is resolved. Raises ValueError before."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is null: it is known once the tokenizer is (training.compose.resolve)")
+        return self.vocab_size

@@ -1,0 +1,111 @@
+"""Cross entropy fused with the output projection, chunk by chunk: the [tokens, vocabulary] matrix never exists."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORED_LABEL = -100
+"""Label of a token that has no part in the loss."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of the one buffer of logits. Larger chunks feed the matrix units better, smaller ones save memory."""
+
+CPU_BLOCK_BYTES = 2 * 2**20
+"""Element-wise work on a CPU goes by blocks of rows that stay in its cache; a GPU takes a chunk at once."""
+
+
+class LinearCrossEntropy(nn.Module):
+    """Sum of the cross entropies of softmax(hidden @ weight^T), with gradients computed in the forward pass.
+
+    Holds the buffer of logits, which every call reuses: on a CPU the page faults of fresh logits cost more than the
+    arithmetic.
+    """
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        super().__init__()
+        self.chunk_bytes = chunk_bytes
+        self._buffer: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The summed loss, a scalar in at least float32.
+
+        Args:
+            hidden: `[tokens, hidden]`.
+            weight: `[vocabulary, hidden]`.
+            labels: `[tokens]`, IGNORED_LABEL where a token does not count.
+        """
+        rows = min(hidden.shape[0], max(1, self.chunk_bytes // (weight.shape[0] * weight.element_size())))
+        shape = (rows, weight.shape[0])
+        buffer = self._buffer
+        if buffer is None or buffer.shape != shape or buffer.dtype != weight.dtype or buffer.device != weight.device:
+            buffer = self._buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        buffer: torch.Tensor,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if with_gradients else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+        for start in range(0, hidden.shape[0], buffer.shape[0]):
+            chunk = slice(start, min(start + buffer.shape[0], hidden.shape[0]))
+            rows = hidden[chunk]
+            counted = labels[chunk] != IGNORED_LABEL
+            targets = torch.where(counted, labels[chunk], 0)
+            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
+            losses = _losses_and_logit_gradients(logits, targets, with_gradients)
+            loss += torch.where(counted, losses, 0).sum()
+            if hidden_gradient is not None and weight_gradient is not None:
+                # Ignored rows are masked on the narrow sides of the products, not in the wide logits.
+                mask = counted.unsqueeze(1).to(rows.dtype)
+                torch.mm(logits, weight, out=hidden_gradient[chunk]).mul_(mask)
+                _add_product(weight_gradient, logits.t(), rows * mask)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (scale,) = grad_outputs
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        hidden_gradient = hidden_gradient.mul_(scale)
+        weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+def _losses_and_logit_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Cross entropies `[rows]` in at least float32; logits `[rows, vocabulary]` become softmax - one_hot in place."""
+    rows, vocabulary = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    block_rows = rows
+    if logits.device.type == "cpu":
+        block_rows = max(1, CPU_BLOCK_BYTES // (vocabulary * wide.itemsize))
+    losses = torch.empty(rows, dtype=wide, device=logits.device)
+    for block, target, out in zip(
+        logits.split(block_rows), targets.split(block_rows), losses.split(block_rows), strict=True
+    ):
+        log_probabilities = torch.log_softmax(block, dim=-1, dtype=wide)
+        torch.neg(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1), out=out)
+        if with_gradients:
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), -1.0))
+            block.copy_(gradient)
+    return losses
+
+
+def _add_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """accumulator += left @ right, where the accumulator may be wider than the factors."""
+    if accumulator.dtype == left.dtype:
+        accumulator.addmm_(left, right)
+    else:
+        accumulator += left @ right

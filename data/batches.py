@@ -1,0 +1,73 @@
+"""The micro-batches that one rank takes of each global batch, read ahead in threads."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data.gpt_dataset import GPTDataset, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward pass takes."""
+
+    input_ids: npt.NDArray[np.int64]
+    """[micro_batch, seq]"""
+    labels: npt.NDArray[np.int64]
+    """[micro_batch, seq]: the token that follows each input; -100 counts in no loss."""
+    samples: list[Sample]
+
+
+class BatchReader:
+    """Reads global batches of consecutive samples; what it returns depends on positions only, not on threads."""
+
+    def __init__(
+        self,
+        dataset: GPTDataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        num_workers: int,
+    ) -> None:
+        """Sizes in samples. Raises ValueError where micro_batch_size * dp_size does not divide global_batch_size."""
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise ValueError(f"{dp_size} ranks of {micro_batch_size} samples do not divide {global_batch_size}")
+        self._dataset = dataset
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._offsets = range(dp_rank * micro_batch_size, global_batch_size, dp_size * micro_batch_size)
+        self._pool = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
+        self._ahead: tuple[int, list[Future[MicroBatch]]] | None = None
+
+    def read(self, consumed_samples: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch that starts at `consumed_samples`.
+
+        Micro-batch a of rank r holds the samples at consumed + (a * dp_size + r) * micro_batch_size onwards. Raises
+        what a thread raised.
+        """
+        if self._pool is None:
+            return [self._micro_batch(consumed_samples + offset) for offset in self._offsets]
+        position, futures = self._ahead or (None, [])
+        if position != consumed_samples:
+            for future in futures:
+                future.cancel()
+            futures = self._submit(self._pool, consumed_samples)
+        following = consumed_samples + self._global_batch_size
+        self._ahead = following, self._submit(self._pool, following)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Ends the threads; nothing is read afterwards."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, position: int) -> list[Future[MicroBatch]]:
+        return [pool.submit(self._micro_batch, position + offset) for offset in self._offsets]
+
+    def _micro_batch(self, first: int) -> MicroBatch:
+        samples = [self._dataset.sample(index) for index in range(first, first + self._micro_batch_size)]
+        tokens = np.stack([sample.tokens for sample in samples])
+        return MicroBatch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), samples)

@@ -1,0 +1,81 @@
+"""Documents out of text files, JSON lines and folders of both."""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data.errors import CorruptDataError, DataPathError
+
+_JSON_LINES = (".jsonl", ".json")
+_FOUND_IN_FOLDERS = (".txt", ".jsonl")
+_CHUNK = 1 << 20
+
+
+def read_documents(inputs: Sequence[Path], json_key: str = "text", separator: str | None = None) -> Iterator[str]:
+    """The documents of all inputs, in order; a folder stands for its .txt and .jsonl files at any depth, by name.
+
+    A text file (UTF-8) is one document, or several between `separator`s; a .jsonl or .json file is an object a line,
+    its text under `json_key`. Raises DataPathError at the call where an input is missing, CorruptDataError with file
+    and line where one cannot be read.
+    """
+    return _each_document(find_files(inputs), json_key, separator)
+
+
+def find_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files that `inputs` stand for. Raises DataPathError where one is missing or a folder holds none."""
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix in _FOUND_IN_FOLDERS and file.is_file())
+            if not found:
+                raise DataPathError(
+                    f"{path} holds no {' or '.join(_FOUND_IN_FOLDERS)} file; name other files one by one"
+                )
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+            nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+            raise DataPathError(f"no input {path}" + (f"; nearest: {path.parent / nearest[0]}" if nearest else ""))
+    return files
+
+
+def _each_document(files: list[Path], json_key: str, separator: str | None) -> Iterator[str]:
+    for file in files:
+        if file.suffix in _JSON_LINES:
+            yield from _json_documents(file, json_key)
+        else:
+            yield from _text_documents(file, separator)
+
+
+def _text_documents(file: Path, separator: str | None) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as handle:
+            if separator is None:
+                yield handle.read()
+                return
+            rest = ""
+            while chunk := handle.read(_CHUNK):
+                *whole, rest = (rest + chunk).split(separator)
+                yield from whole
+            yield rest
+    except UnicodeDecodeError as error:
+        raise CorruptDataError(f"{file} is not UTF-8 text ({error.reason}); `iconv -t utf-8` may convert it") from None
+
+
+def _json_documents(file: Path, json_key: str) -> Iterator[str]:
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CorruptDataError(f"{file}:{number}: not a JSON object a line: {error}") from None
+            text = entry.get(json_key) if isinstance(entry, dict) else None
+            if not isinstance(text, str):
+                held = f"its keys are {', '.join(entry)}" if isinstance(entry, dict) else "it is no object"
+                raise CorruptDataError(f"{file}:{number}: no text under {json_key!r}; {held}; see --json-key")
+            yield text

@@ -1,0 +1,41 @@
+"""The `parallel` group: over which ranks the work is laid out, free of torch and numpy."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are laid out: world = pp * dp_replicate * dp_shard * cp * tp."""
+
+    tp: int = field(default=1, metadata={"min": 1})
+    """Tensor parallelism: ranks that share each weight matrix."""
+    sequence: bool | None = None
+    """Sequence parallelism beside tp: norms and residuals on shards of the sequence; null: on where tp > 1."""
+    pp: int = field(default=1, metadata={"min": 1})
+    """Pipeline parallelism: stages."""
+    pp_schedule: str = field(
+        default="1f1b", metadata={"choices": ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")}
+    )
+    """Order in which a stage runs its micro-batches."""
+    virtual_stages: int = field(default=1, metadata={"min": 1})
+    """Model chunks a pipeline rank holds."""
+    layers_per_stage: list[int] | None = None
+    """Layers of each stage in order; null: divided by cost."""
+    cp: int = field(default=1, metadata={"min": 1})
+    """Context parallelism: ranks that share each sequence."""
+    cp_method: str = field(default="allgather", metadata={"choices": ("allgather", "ulysses", "ring")})
+    """How context-parallel ranks exchange keys and values."""
+    ep: int = field(default=1, metadata={"min": 1})
+    """Expert parallelism: ranks, out of dp_shard * cp, that share the experts."""
+    dp_replicate: int = field(default=1, metadata={"min": 1})
+    """Data-parallel replicas that hold whole weights."""
+    dp_shard: int = field(default=-1, metadata={"min": -1})
+    """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: all ranks that remain."""
+    zero: int = field(default=3, metadata={"choices": (1, 2, 3)})
+    """3 gathers weights in forward and backward and reduces gradients every micro-batch (least memory);
+    2 gathers once a step; 1 gathers and reduces once a step (least communication)."""
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: those that feed different samples. Meaningful once `dp_shard` is resolved."""
+        return self.dp_replicate * self.dp_shard

@@ -1,0 +1,60 @@
+"""Data parallelism by FSDP2: one mechanism for replicas, sharding, both, and the cast from float32 master weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """A model whose gradients are summed over the data-parallel ranks.
+
+    `zero` says what a step costs: 3 gathers weights in forward and backward and reduces gradients every micro-batch,
+    2 gathers weights once a step, 1 also reduces once a step. Gradients are summed, never averaged: the loss is
+    divided once, by the tokens of the global batch.
+    """
+
+    model: nn.Module
+    zero: int
+
+    def before_micro_batch(self, *, last: bool) -> None:
+        """Say what happens in the coming micro-batch; `last` closes the step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last or self.zero > 1)
+            self.model.set_reshard_after_backward(last or self.zero > 2)
+
+    def reshard(self) -> None:
+        """Free gathered weights that no backward will free: after a forward without one."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def shard_data_parallel(
+    model: nn.Module, units: Iterable[nn.Module], mesh: ParallelMesh, zero: int, compute_dtype: torch.dtype
+) -> DataParallel:
+    """Wrap the model in FSDP2, each of `units` gathered on its own and what remains with the root.
+
+    Parameters keep the dtype they have (the master weights) and are cast to `compute_dtype` when gathered; gradients
+    are reduced in the master dtype. One rank that needs no cast is left unwrapped.
+    """
+    master_dtype = next(model.parameters()).dtype
+    if mesh.dp_size == 1:
+        zero = 1
+        if compute_dtype == master_dtype:
+            return DataParallel(model, zero)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=zero == 3)
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without it a factor of one still asks gloo for a pre-multiplied sum, which it does not have.
+            module.set_force_sum_reduction_for_comms(True)
+    return DataParallel(model, zero)

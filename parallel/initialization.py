@@ -1,0 +1,67 @@
+"""Initial weights, the same in every layout: each parameter is drawn whole from its own generator, then sliced."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Drawn from a normal distribution around zero."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element the same."""
+
+    value: float
+
+
+InitialValue = Normal | Constant
+
+
+def parameter_seed(seed: int, name: str) -> int:
+    """The seed of one parameter's generator: a hash of the run's seed and the parameter's global name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def draw(value: Normal, shape: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
+    """A whole parameter in float32, whatever precision the run has, so that all precisions start alike."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, value.std, generator=generator)
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, seed: int, device: torch.device, init_device: torch.device | None = None) -> None:
+    """Allocate a model built on the meta device and fill it, one parameter at a time.
+
+    Every module that owns parameters names their `initial_values`. Bit-identical in every layout on one kind of
+    `init_device` (default: `device`).
+
+    Args:
+        model: sharded or not; parameters may be DTensors.
+        seed: the run's seed.
+        device: where the parameters live.
+        init_device: where they are drawn.
+    """
+    model.to_empty(device=device)
+    for module_name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own_name}"
+            initial: InitialValue = module.initial_values[own_name]
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if isinstance(initial, Constant):
+                local.fill_(initial.value)
+                continue
+            full = draw(initial, parameter.shape, parameter_seed(seed, name), init_device or device).to(device)
+            if isinstance(parameter, DTensor):
+                full = distribute_tensor(
+                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
+                ).to_local()
+            local.copy_(full)

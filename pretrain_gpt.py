@@ -1,0 +1,95 @@
+"""Trains a GPT: `python pretrain_gpt.py` on one process, `torchrun ... pretrain_gpt.py` on many. `--help` says more."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from training.compose import compose, compose_sweep, resolve, to_yaml
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.help import help_page
+from training.overrides import read_command_line
+
+
+def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """One run, or what was asked for in its place; returns the exit code. Raises errors that carry an `exit_code`."""
+    command = read_command_line(words)
+    if command.show_help:
+        return say(help_page(), environment)
+    if command.sweep:
+        return sweep(command.overrides, environment)
+    config = compose(command.overrides)
+    if command.show_config:
+        return say(to_yaml(config).rstrip(), environment)
+    config = resolve(config, environment)
+    if config.check:
+        return say(summary(config), environment)
+    require_ranks(config, environment)
+
+    # Only now, so that a configuration is refused before torch takes its seconds to load.
+    from training.trainer import train
+
+    return train(config, command.overrides)
+
+
+def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Starts the runs of a sweep one after another, each in its own process; returns the first failing exit code."""
+    if "TORCHELASTIC_RUN_ID" in environment or environment.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("-m starts several runs and works without torchrun only; start one run a torchrun")
+    runs = compose_sweep(overrides)
+    for run in runs:
+        resolve(compose(run), environment)
+    codes = []
+    for number, run in enumerate(runs, start=1):
+        print(f"run {number}/{len(runs)}: {' '.join(run)}", flush=True)
+        codes.append(subprocess.run([sys.executable, __file__, *run], check=False).returncode)
+    return next((code for code in codes if code != 0), 0)
+
+
+def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where the configuration asks for more ranks than were started."""
+    if config.world_size != 1 and not environment.get("WORLD_SIZE"):
+        raise ConfigError(
+            f"world_size={config.world_size}, but one process was started: use `torchrun --standalone "
+            f"--nproc-per-node={config.world_size} pretrain_gpt.py ...`, or check=true to look at the layout only"
+        )
+
+
+def summary(config: RunConfig) -> str:
+    """What `check=true` says of a legal configuration."""
+    layout, train = config.parallel, config.train
+    return "\n".join(
+        [
+            f"OK: {config.name} is legal on {config.world_size} ranks",
+            f"  layout      dp_replicate {layout.dp_replicate} * dp_shard {layout.dp_shard} = {layout.dp} ranks",
+            f"  batch       {train.global_batch_size} samples a step: {layout.dp} ranks * micro-batch "
+            f"{config.micro_batch_size} * {config.accumulation_steps} accumulated",
+            f"  tokens      {train.global_batch_size * config.seq_length:,} a step, {config.seq_length} a sample",
+            f"  vocabulary  {config.model.vocabulary:,}",
+        ]
+    )
+
+
+def say(text: str, environment: Mapping[str, str], file: TextIO | None = None) -> int:
+    """Prints on rank 0 only; returns the exit code of a process that has nothing more to do."""
+    if environment.get("RANK", "0") == "0":
+        print(text, file=file or sys.stdout)
+    return 0
+
+
+def run() -> int:
+    """The process: prints errors that a user can mend as one message, and ends with their exit code."""
+    try:
+        return main(sys.argv[1:], os.environ)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        say(f"error: {error}".replace("\n", "\n       "), os.environ, sys.stderr)
+        return int(exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,86 @@
+"""Documents come out of text, JSON lines and folders; what cannot be read is named by file and line."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.documents import read_documents
+from data.errors import CorruptDataError, DataPathError
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n\r\ntwö".encode())
+    assert list(read_documents([path])) == ["one\n\ntwö"]
+    assert list(read_documents([path], separator="\n\n")) == ["one", "twö"]
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.text(alphabet="ab", max_size=5), min_size=1, max_size=6), chunk=st.integers(1, 7))
+def test_separators_across_chunks(tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("--".join(parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.documents._CHUNK", chunk)
+        assert list(read_documents([path], separator="--")) == parts
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": 1}\n\n{"text": "t\\u00f6o\u2028"}', encoding="utf-8")
+    assert list(read_documents([path])) == ["one", "töo\u2028"]
+    path.rename(tmp_path / "a.json")
+    assert list(read_documents([tmp_path / "a.json"])) == ["one", "töo\u2028"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "a.jsonl:2: not a JSON object a line"),
+        ("[" * 200_000, "a.jsonl:2: not a JSON object a line"),
+        ("[1]", "a.jsonl:2: no text under 'text'; it is no object"),
+        ('{"body": "x", "id": 1}', "a.jsonl:2: no text under 'text'; its keys are body, id; see --json-key"),
+        ('{"text": 7}', "a.jsonl:2: no text under 'text'"),
+        (b'{"text": "\xff"}', "a.jsonl:2"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(CorruptDataError, match=message):
+        list(read_documents([path]))
+
+
+def test_another_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x"}')
+    assert list(read_documents([path], json_key="body")) == ["x"]
+
+
+def test_folders_are_searched_at_any_depth_in_order(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "a.txt", "b/1.jsonl", "b/c.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"text": "1.jsonl"}' if name.endswith("jsonl") else path.name)
+    assert list(read_documents([tmp_path])) == ["a.txt", "1.jsonl", "2.txt"]
+    assert list(read_documents([tmp_path / "b" / "c.py", tmp_path / "a.txt"])) == ["c.py", "a.txt"]
+
+
+def test_missing_inputs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(DataPathError, match=f"no input {tmp_path}/corpos.txt; nearest: {tmp_path}/corpus.txt"):
+        read_documents([tmp_path / "corpus.txt", tmp_path / "corpos.txt"])
+    with pytest.raises(DataPathError, match=r"no input .*/nowhere/x.txt$"):
+        read_documents([tmp_path / "nowhere" / "x.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataPathError, match=r"empty holds no .txt or .jsonl file"):
+        read_documents([tmp_path / "empty"])
+
+
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("für".encode("latin-1"))
+    with pytest.raises(CorruptDataError, match=r"latin.txt is not UTF-8 text .*iconv"):
+        list(read_documents([path]))

@@ -1,0 +1,69 @@
+"""The pool itself: results, failures, deaths, time limits and environments."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import RankError, run_ranks
+
+
+def _sum_of_ranks(rank, world_size, offset):
+    total = torch.tensor(float(rank + offset))
+    dist.all_reduce(total)
+    return total
+
+
+def _one_fails(rank, world_size):
+    if rank == 1:
+        raise KeyError("wanted")
+    dist.barrier()
+
+
+def _one_dies(rank, world_size):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _hangs(rank, world_size):
+    time.sleep(60)
+
+
+def _environment(rank, world_size):
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo")
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, (os.environ["LOCAL_RANK"], os.environ["KILOTRON_POOL_TEST"]))
+    return everyone, torch.get_num_threads()
+
+
+def test_results_come_back_in_rank_order():
+    results = run_ranks(4, _sum_of_ranks, 1)
+    assert [result.item() for result in results] == [10.0] * 4
+
+
+def test_an_exception_is_raised_with_its_ranks_traceback():
+    with pytest.raises(KeyError, match="wanted") as caught:
+        run_ranks(2, _one_fails)
+    assert "on rank 1" in caught.value.__notes__[0]
+    assert "_one_fails" in caught.value.__notes__[0]
+
+
+def test_a_killed_rank_is_named():
+    with pytest.raises(RankError, match=r"rank 1 died .* -9"):
+        run_ranks(2, _one_dies)
+
+
+def test_a_hung_rank_is_ended():
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] did not answer within 1 s"):
+        run_ranks(2, _hangs, timeout=1)
+
+
+def test_torchrun_environment_and_the_callers_own(monkeypatch):
+    monkeypatch.setenv("KILOTRON_POOL_TEST", "seen")
+    results = run_ranks(2, _environment, initialize=False)
+    assert results == [([("0", "seen"), ("1", "seen")], 1)] * 2

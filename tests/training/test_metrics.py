@@ -1,0 +1,135 @@
+"""metrics.jsonl and samples.jsonl: the contract's fields, and every whole line readable after a kill."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.errors import StorageError
+from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, read_metrics
+
+STEP = StepMetrics(
+    step=3,
+    consumed_samples=72,
+    consumed_tokens=18432,
+    loss=4.125,
+    lr=6e-4,
+    grad_norm=0.83,
+    tokens_per_second=12345.0,
+    step_ms=84.0,
+    data_ms=0.5,
+    mfu=None,
+    memory_gb=0.7,
+)
+METRICS = "metrics.jsonl"
+
+
+def test_step_line_holds_the_fields_of_the_contract_in_its_order(tmp_path: Path):
+    MetricsLog(tmp_path, attempt=2).log_step(STEP)
+    counts = ["step", "attempt", "consumed_samples", "consumed_tokens"]
+    rates = ["loss", "lr", "grad_norm", "tokens_per_second", "step_ms", "data_ms", "mfu", "memory_gb"]
+    record = json.loads((tmp_path / METRICS).read_text())
+    assert list(record) == counts + rates
+    assert (record["step"], record["attempt"], record["loss"], record["mfu"]) == (3, 2, 4.125, None)
+
+
+def test_evaluation_and_sample_lines(tmp_path: Path):
+    log = MetricsLog(tmp_path, attempt=0)
+    log.log_evaluation(EvaluationMetrics(step=4, loss=2.0))
+    assert not (tmp_path / "samples.jsonl").exists()
+    log.log_samples(4, [(0, 1, 17), (0, 1, 3)], crc=123)
+    log.close()
+    assert read_metrics(tmp_path / METRICS) == [
+        {"step": 4, "attempt": 0, "eval_loss": 2.0, "perplexity": math.exp(2.0)}
+    ]
+    assert (tmp_path / "samples.jsonl").read_text() == (
+        '{"step": 4, "attempt": 0, "samples": [[0, 1, 17], [0, 1, 3]], "crc": 123}\n'
+    )
+
+
+def test_lines_are_on_disk_at_once_and_appended_to_earlier_ones(tmp_path: Path):
+    for attempt in range(2):
+        log = MetricsLog(tmp_path, attempt)
+        log.log_step(replace(STEP, step=attempt))
+        assert (tmp_path / METRICS).read_bytes().count(b"\n") == attempt + 1
+    assert [record["attempt"] for record in read_metrics(tmp_path / METRICS)] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_null(tmp_path: Path, value: float):
+    log = MetricsLog(tmp_path, attempt=0)
+    log.log_step(replace(STEP, loss=value))
+    log.log_evaluation(EvaluationMetrics(step=9, loss=value))
+    first, second = read_metrics(tmp_path / METRICS)
+    assert first["loss"] is None
+    assert second["eval_loss"] is None
+    assert "NaN" not in (tmp_path / METRICS).read_text()
+
+
+def test_perplexity_that_overflows_is_infinite():
+    assert EvaluationMetrics(step=1, loss=1e4).perplexity == math.inf
+
+
+@given(loss=st.floats(allow_nan=False, allow_infinity=False))
+def test_a_loss_is_read_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, loss: float):
+    folder = tmp_path_factory.mktemp("run")
+    MetricsLog(folder, attempt=0).log_step(replace(STEP, loss=loss))
+    assert read_metrics(folder / METRICS)[0]["loss"] == loss
+
+
+@given(cut=st.integers(min_value=0))
+def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_more(tmp_path_factory: pytest.TempPathFactory, cut: int):
+    folder = tmp_path_factory.mktemp("run")
+    log = MetricsLog(folder, attempt=0)
+    for step in range(3):
+        log.log_step(replace(STEP, step=step))
+    content = (folder / METRICS).read_bytes()
+    size = cut % (len(content) + 1)
+    os.truncate(folder / METRICS, size)
+    whole = content[:size].count(b"\n") + (content[size : size + 1] == b"\n")
+    MetricsLog(folder, attempt=1).log_step(replace(STEP, step=7))
+    assert [record["step"] for record in read_metrics(folder / METRICS)] == [*range(whole), 7]
+
+
+def test_the_last_line_of_a_step_counts_and_steps_come_in_order(tmp_path: Path):
+    log = MetricsLog(tmp_path, attempt=0)
+    for step, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]:
+        log.log_step(replace(STEP, step=step, loss=loss))
+        log.log_evaluation(EvaluationMetrics(step=step, loss=loss + 1))
+    records = read_metrics(tmp_path / METRICS)
+    assert [(record["step"], record.get("loss"), record.get("eval_loss")) for record in records] == [
+        (1, 5.0, None),
+        (1, None, 6.0),
+        (2, 4.5, None),
+        (2, None, 5.5),
+        (3, 3.0, None),
+        (3, None, 4.0),
+    ]
+
+
+def test_reading_skips_what_is_no_record(tmp_path: Path):
+    (tmp_path / METRICS).write_bytes(
+        b'{"step": 1}\n[1]\n\xff\x00\n{"loss": 2}\n{"step": "x"}\n{"step": 2, "lo\n{"step": 3}\n'
+    )
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 3]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_disk_that_is_full_is_a_storage_error(tmp_path: Path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    log = MetricsLog(tmp_path, attempt=0)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left"):
+        log.log_step(STEP)
+
+
+def test_a_directory_that_is_gone_is_a_storage_error(tmp_path: Path):
+    with pytest.raises(StorageError, match=r"gone/metrics\.jsonl: No such file") as caught:
+        MetricsLog(tmp_path / "gone", attempt=0)
+    assert caught.value.exit_code == 74

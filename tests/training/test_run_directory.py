@@ -1,0 +1,153 @@
+"""The run directory: what a start records, how it counts starts, and which changes make it another run."""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from core.config import ModelConfig
+from data.config import DataConfig
+from training import run_directory
+from training.config import RunConfig, TrainConfig
+from training.errors import ConfigError, RunError, StorageError
+from training.run_directory import RunDirectory, Status, difference, restore_config, write_atomically
+
+
+def test_create_records_configuration_overrides_and_environment(tmp_path: Path):
+    path = tmp_path / "outputs" / "first"
+    config = RunConfig(name="first", data=DataConfig(path="a/b: #c", split=[98.0, 1.5, 0.5]), seed=7)
+    directory = RunDirectory(path)
+    directory.create(config, ["model=tiny", "seed=7"])
+    assert restore_config(directory.saved_config()) == config
+    assert (path / "overrides.txt").read_text() == "model=tiny\nseed=7\n"
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["attempt"] == 0
+    assert environment["packages"].keys() >= {"torch", "hydra-core"}
+    assert {"command", "host", "python", "git_commit", "git_dirty"} <= environment.keys()
+
+
+def test_the_git_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "checkout" / "training"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(run_directory, "__file__", str(package / "run_directory.py"))
+    RunDirectory(tmp_path / "before").create(RunConfig(), [])
+    environment = json.loads((tmp_path / "before" / "environment.json").read_text())
+    assert (environment["git_commit"], environment["git_dirty"]) == (None, None)
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init"], [*identity, "commit", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", *command], cwd=package, check=True, capture_output=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=package, check=True, capture_output=True, text=True).stdout
+    for dirty in (False, True):
+        if dirty:
+            (package / "new.py").touch()
+        RunDirectory(tmp_path / "after").create(RunConfig(), [])
+        environment = json.loads((tmp_path / "after" / "environment.json").read_text())
+        assert (environment["git_commit"], environment["git_dirty"]) == (head.strip(), dirty)
+
+
+def test_attempts_count_the_starts_that_wrote_a_status(tmp_path: Path):
+    for attempt in range(3):
+        directory = RunDirectory(tmp_path)
+        assert directory.attempt == attempt
+        directory.create(RunConfig(), [])
+        directory.write_status("running", 0, "started")
+        directory.write_status("preempted", 10 * attempt, "train.exit_after")
+        assert directory.attempt == attempt
+    expected = {"state": "preempted", "step": 20, "reason": "train.exit_after", "attempt": 2}
+    assert json.loads((tmp_path / "status.json").read_text()) == expected
+    assert directory.read_status() == Status(**expected)
+
+
+def test_reading_an_absent_directory_finds_nothing_and_makes_nothing(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "none")
+    assert (directory.attempt, directory.read_status(), directory.saved_config()) == (0, None, None)
+    assert not directory.path.exists()
+
+
+def test_a_file_in_the_way_is_a_configuration_error(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link" / "run"):
+        with pytest.raises(ConfigError, match=r"(file|link) is no directory; choose another out_dir") as caught:
+            RunDirectory(path).create(RunConfig(), [])
+        assert caught.value.exit_code == 78
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match="Permission denied; choose an out_dir you may write to") as caught:
+        RunDirectory(tmp_path / "run").create(RunConfig(), [])
+    assert caught.value.exit_code == 74
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "running"}', "\udcff"])
+def test_a_broken_status_is_a_storage_error_that_names_the_file(tmp_path: Path, content: str):
+    (tmp_path / "status.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(StorageError, match=r"status\.json is not a status"):
+        RunDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"- 1\n", b"\xff", b"a: ${b\n"])
+def test_a_broken_configuration_is_a_storage_error_that_names_the_file(tmp_path: Path, content: bytes):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(StorageError, match=r"config\.yaml"):
+        RunDirectory(tmp_path).saved_config()
+
+
+def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "status.json"
+    write_atomically(path, b"old")
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="No space left on device"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_model_data_or_seed_is_named():
+    saved = RunConfig(model=ModelConfig(num_layers=12), data=DataConfig(path="old"))
+    current = replace(saved, model=ModelConfig(num_layers=8), data=DataConfig(corpus="sample"), seed=1)
+    assert difference(asdict(saved), asdict(current)) == [
+        "model.num_layers: was 12, now 8",
+        "data.path: was old, now null",
+        "data.corpus: was null, now sample",
+        "seed: was 1234, now 1",
+    ]
+
+
+def test_what_leaves_the_run_the_same_is_no_difference():
+    saved = RunConfig()
+    written_out = ModelConfig(ffn_hidden_size=3072, num_query_groups=12, head_dim=64)
+    current = RunConfig(
+        name="moved",
+        model=written_out,
+        data=DataConfig(seq_length=1024, num_workers=4),
+        train=TrainConfig(steps=5000, micro_batch_size=1),
+    )
+    assert difference(asdict(saved), asdict(current)) == []
+
+
+def test_a_key_that_an_older_version_did_not_know_has_its_default():
+    saved = asdict(RunConfig())
+    del saved["model"]["qk_norm"], saved["data"]
+    assert difference(saved, asdict(RunConfig())) == []
+    changed = asdict(RunConfig(model=ModelConfig(qk_norm=True)))
+    assert difference(saved, changed) == ["model.qk_norm: was False, now True"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"model": {"depth": 3}}, "model.depth"), ({"model": 3}, "under model"), ({"x": 1}, "holds x")]
+)
+def test_a_saved_configuration_that_is_not_understood_is_refused(change: dict, said: str):
+    with pytest.raises(RunError, match=said):
+        restore_config(change)

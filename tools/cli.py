@@ -1,0 +1,46 @@
+"""The `kilotron` command: finds the tool, hands it its arguments, and turns its errors into exit codes."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+_STORAGE_FAILED = 74
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(78, f"error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one tool and returns its exit status. `arguments` default to the command line's."""
+    tools = {
+        "prepare": "turn text files or JSON lines into training data",
+        "train-tokenizer": "train a vocabulary on text",
+        "generate": "let a trained model write",
+    }
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, purpose in tools.items():
+        command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        # only the tool that runs is imported, so that --help answers at once
+        if words[:1] == [name]:
+            tool = importlib.import_module(f"tools.{name.replace('-', '_')}")
+            tool.add_arguments(command)
+            command.set_defaults(run=tool.run)
+    parsed = parser.parse_args(words)
+    try:
+        return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", _STORAGE_FAILED if isinstance(error, OSError) else None)
+        if exit_code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return int(exit_code)

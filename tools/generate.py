@@ -1,0 +1,98 @@
+"""`kilotron generate`: a trained model continues a prompt."""
+
+import argparse
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.gpt import GPTModel
+    from training.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `kilotron generate`."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, such as outputs/pretrain")
+    parser.add_argument("--prompt", required=True, help="text to go on from")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that reach P together"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--step", default="auto", help="checkpoint to take (default: the newest valid one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the prompt and its continuation. Raises ConfigError, StorageError or TokenizerError."""
+    from data.tokenizer import load_tokenizer
+    from data.vocabulary import find_tokenizer, find_vocabulary
+    from models.generation import Sampling, generate
+    from training.errors import ConfigError
+
+    _check(arguments)
+    config, model, origin = load_model(arguments.run_dir, arguments.step)
+    tokenizer = load_tokenizer(find_tokenizer(config.data, config.out_dir))
+    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_document]
+    room = config.model.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise ConfigError(
+            f"--prompt has {len(prompt)} tokens, the model {config.model.max_position_embeddings} positions: shorten it"
+        )
+    new_tokens = min(arguments.max_new_tokens, room)
+    if new_tokens < arguments.max_new_tokens:
+        print(f"the model's positions leave room for {new_tokens} new tokens", file=sys.stderr)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    end = find_vocabulary(config.data, config.out_dir).end_of_document
+    tokens = list(generate(model, prompt, new_tokens, sampling, end))
+    print(f"--- {origin}, {len(tokens)} new tokens ---", file=sys.stderr, flush=True)
+    print(arguments.prompt + tokenizer.decode(tokens))
+    return 0
+
+
+def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
+    """The configuration, the whole model on this machine's device, and the checkpoint they are from.
+
+    Raises ConfigError where there is no run, StorageError where its checkpoints are damaged.
+    """
+    import torch
+
+    from models.gpt import build_meta_model
+    from parallel.process_group import process_group
+    from training.checkpoint import choose_checkpoint, load_checkpoint
+    from training.errors import ConfigError
+    from training.run_directory import restore_config
+
+    with process_group(timedelta(minutes=1)) as process:
+        chosen = choose_checkpoint(run_dir, step, "auto")
+        if chosen is None:
+            raise ConfigError(f"{run_dir} holds no checkpoint; name the directory of a run, such as outputs/pretrain")
+        path, manifest = chosen
+        config = restore_config(manifest.state["config"])
+        model = build_meta_model(config.model, torch.float32)
+        model.to_empty(device=process.device)
+        load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    return config, model.eval(), path
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from training.errors import ConfigError
+
+    for option, legal in (
+        ("temperature", arguments.temperature >= 0),
+        ("max_new_tokens", arguments.max_new_tokens > 0),
+        ("top_k", arguments.top_k >= 0),
+        ("top_p", 0 < arguments.top_p <= 1),
+    ):
+        if not legal:
+            name = option.replace("_", "-")
+            limits = (
+                "above 0, at most 1"
+                if option == "top_p"
+                else "0 or more"
+                if option != "max_new_tokens"
+                else "1 or more"
+            )
+            raise ConfigError(f"--{name}={getattr(arguments, option)} must be {limits}")

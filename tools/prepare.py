@@ -1,0 +1,45 @@
+"""`kilotron prepare`: text files and JSON lines to a shuffled `.bin`/`.idx` pair."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tools.inputs import add_input_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `kilotron prepare`."""
+    add_input_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="where PREFIX.bin, .idx and .meta.json go")
+    parser.add_argument("--tokenizer", required=True, help="bytes, gpt2, cl100k_base, o200k_base or a .tiktoken file")
+    parser.add_argument("--seed", type=int, default=1234, help="of the order of the documents (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepares the data and says what it wrote. Raises the errors of `data.preparation.prepare`."""
+    from data.preparation import prepare
+
+    prepared = prepare(
+        arguments.inputs,
+        Path(arguments.output),
+        arguments.tokenizer,
+        arguments.seed,
+        arguments.json_key,
+        arguments.document_separator,
+        _show_progress,
+    )
+    metadata = prepared.metadata
+    skipped = f" ({prepared.skipped:,} without text skipped)" if prepared.skipped else ""
+    print(
+        f"wrote {arguments.output}.bin, .idx and .meta.json: {metadata.documents:,} documents{skipped}, "
+        f"{metadata.tokens:,} tokens, vocabulary of {metadata.vocab_size:,}"
+    )
+    if metadata.documents < 3:
+        print("few documents: data.split gives validation and test none; see --document-separator")
+    print(f"next: python pretrain_gpt.py data=files data.path={arguments.output}")
+    return 0
+
+
+def _show_progress(documents: int, tokens: int) -> None:
+    if sys.stderr.isatty():
+        print(f"{documents:,} documents, {tokens:,} tokens", end="\r", file=sys.stderr, flush=True)

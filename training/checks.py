@@ -1,0 +1,298 @@
+"""What a configuration must satisfy: each rule is a small function that says what is wrong, why, and what works."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, is_dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from training.config import RunConfig
+from training.settings import closest
+
+NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("model.activation", ("gelu", "gelu_tanh", "swiglu")),
+    ("model.rope_scaling", (None,)),
+    ("model.qk_norm", (False,)),
+    ("model.sliding_window", (None,)),
+    ("model.dropout", (0.0,)),
+    ("model.num_experts", (None,)),
+    ("model.moe_top_k", (2,)),
+    ("data.blend", (None,)),
+    ("parallel.tp", (1,)),
+    ("parallel.sequence", (None, False)),
+    ("parallel.pp", (1,)),
+    ("parallel.pp_schedule", ("1f1b",)),
+    ("parallel.virtual_stages", (1,)),
+    ("parallel.layers_per_stage", (None,)),
+    ("parallel.cp", (1,)),
+    ("parallel.cp_method", ("allgather",)),
+    ("parallel.ep", (1,)),
+    ("train.precision", ("fp32", "bf16", "fp64")),
+    ("train.compile", (False,)),
+    ("train.recompute", ("none",)),
+)
+"""Keys of features that this version lacks, with the values that work without them."""
+
+
+def each_setting(config: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
+    """Every key of a configuration with its field and its value."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from each_setting(value, f"{item.name}.")
+        else:
+            yield prefix + item.name, item, value
+
+
+def show(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_ranges(config: RunConfig) -> Iterator[str]:
+    """Numbers are finite and within the bounds that their field declares. The other rules divide by some of them."""
+    for key, item, value in each_setting(config):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"{key}={value}: must be a finite number"
+            elif isinstance(number, (int, float)):
+                yield from (f"{key}={value}: must be {bound}" for bound in _broken_bounds(number, item))
+
+
+def _broken_bounds(number: float, item: "Field[Any]") -> Iterator[str]:
+    bounds = item.metadata
+    if "min" in bounds and number < bounds["min"]:
+        yield f"at least {bounds['min']}"
+    if "above" in bounds and number <= bounds["above"]:
+        yield f"above {bounds['above']}"
+    if "below" in bounds and number >= bounds["below"]:
+        yield f"below {bounds['below']}"
+
+
+def check_choices(config: RunConfig) -> Iterator[str]:
+    """Words are among the choices that their field declares, and this version has what they ask for."""
+    available = dict(NOT_AVAILABLE)
+    for key, item, value in each_setting(config):
+        choices = item.metadata.get("choices", ())
+        works = available.get(key, choices)
+        known = ", ".join(map(show, works))
+        if choices and value not in choices and not (value is None and item.default is None):
+            guess = closest(str(value), map(str, works))
+            yield f"{key}={show(value)}: {f'did you mean {guess}? ' if guess else ''}known: {known}"
+        elif key in available and value not in works:
+            use = f"{key}={known}" if len(works) == 1 else f"one of {known}"
+            yield f"{key}={show(value)} is not available in this version; use {use}"
+
+
+def check_vocabulary(config: RunConfig, tokens: int, source: str) -> Iterator[str]:
+    """The embedding has a row for every token of the data; `tokens` is how many `source` says there are."""
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokens:
+        yield f"model.vocab_size={rows} is less than the {tokens} tokens of {source}; use null or at least {tokens}"
+
+
+def check_heads(config: RunConfig) -> Iterator[str]:
+    """Heads cut the hidden size into equal widths, where no width is given."""
+    model = config.model
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    if model.head_dim is None and hidden % heads:
+        near = _near_divisors(heads, hidden)
+        yield f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; try {near}"
+
+
+def check_query_groups(config: RunConfig) -> Iterator[str]:
+    """Every key/value head serves equally many query heads."""
+    heads, groups = config.model.num_attention_heads, config.model.query_groups
+    if heads % groups:
+        near = _near_divisors(groups, heads)
+        yield f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; try {near}"
+
+
+def check_rotary(config: RunConfig) -> Iterator[str]:
+    """Rotary embedding turns pairs of channels."""
+    model = config.model
+    size = model.head_size
+    if model.position_embedding != "rope" or size % 2 == 0:
+        return
+    if model.head_dim is not None:
+        yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {_either(size - 1, size + 1)}"
+    elif model.hidden_size % model.num_attention_heads == 0:
+        even = [heads for heads in _divisors(model.hidden_size) if model.hidden_size // heads % 2 == 0]
+        advice = (
+            f"try model.num_attention_heads={_nearest(model.num_attention_heads, even)}"
+            if even
+            else "set model.head_dim"
+        )
+        yield (
+            f"model.hidden_size={model.hidden_size} / model.num_attention_heads={model.num_attention_heads} gives "
+            f"heads of odd width {size}, but rope turns pairs of channels; {advice}"
+        )
+
+
+def check_positions(config: RunConfig) -> Iterator[str]:
+    """A sample is no longer than the table of learned positions."""
+    limit = config.model.max_position_embeddings
+    if config.model.position_embedding == "learned" and config.seq_length > limit:
+        yield (
+            f"data.seq_length={config.seq_length} is more than the {limit} learned positions "
+            f"(model.max_position_embeddings); try data.seq_length={limit} or model.position_embedding=rope"
+        )
+
+
+def check_world(config: RunConfig) -> Iterator[str]:
+    """world_size = pp * dp_replicate * dp_shard * cp * tp."""
+    world, layout = config.world_size, config.parallel
+    if world is None:
+        return
+    if layout.dp_shard == 0:
+        yield "parallel.dp_shard=0: use -1 for all ranks that remain, or at least 1"
+        return
+    sizes = {
+        "pp": layout.pp,
+        "dp_replicate": layout.dp_replicate,
+        "dp_shard": max(layout.dp_shard, 1),
+        "cp": layout.cp,
+        "tp": layout.tp,
+    }
+    product = math.prod(sizes.values())
+    if world == product or (layout.dp_shard == -1 and world % product == 0):
+        return
+    fixed = {f"parallel.{key}": size for key, size in sizes.items() if size > 1}
+    hints = [
+        f"{key} may be {', '.join(map(str, _legal_sizes(world, product, size, layout.dp_shard)))}"
+        for key, size in fixed.items()
+        if world % (product // size) == 0
+    ]
+    hints.append(f"world_size={product if layout.dp_shard != -1 else _multiples_near(world, product)} fits")
+    stated = " * ".join(f"{key}={size}" for key, size in fixed.items()) or f"parallel.dp_shard={layout.dp_shard}"
+    relation = "must divide" if layout.dp_shard == -1 else "must equal"
+    yield f"world_size={world} with {stated}: their product, {product}, {relation} {world}; {'; '.join(hints)}"
+
+
+def _legal_sizes(world: int, product: int, size: int, dp_shard: int) -> list[int]:
+    remaining = world // (product // size)
+    return _divisors(remaining) if dp_shard == -1 else [remaining]
+
+
+def check_batch(config: RunConfig) -> Iterator[str]:
+    """Every data-parallel rank takes the same whole number of micro-batches."""
+    ranks, train = config.parallel.dp, config.train
+    micro = train.micro_batch_size or 1
+    if ranks < 1 or train.global_batch_size % (ranks * micro) == 0:
+        return
+    why = f"{ranks} data-parallel ranks"
+    if train.micro_batch_size is not None:
+        why += f" * train.micro_batch_size={micro}"
+    advice = f"train.global_batch_size={_multiples_near(train.global_batch_size, ranks * micro)}"
+    if train.micro_batch_size is not None and train.global_batch_size % ranks == 0:
+        share = train.global_batch_size // ranks
+        advice += f", or train.micro_batch_size={_near_divisors(micro, share)}"
+    yield f"train.global_batch_size={train.global_batch_size} is not divisible by {why}; try {advice}"
+
+
+def check_schedule(config: RunConfig) -> Iterator[str]:
+    """Warm-up and decay fit into the schedule, and the rate does not end above its peak."""
+    schedule, steps = config.schedule, config.schedule_steps
+    length = "schedule.steps" if schedule.steps is not None else "train.steps"
+    if schedule.warmup_steps >= steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of {length}={steps}; "
+            f"try at most {steps - 1} or more steps"
+        )
+    elif schedule.name == "wsd" and schedule.warmup_steps + config.decay_steps > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={config.decay_steps} is more than "
+            f"{length}={steps}; try schedule.decay_steps={steps - schedule.warmup_steps}"
+        )
+    if schedule.min_lr > config.optimizer.lr:
+        yield (
+            f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}, the peak; "
+            f"try at most {config.optimizer.lr}"
+        )
+
+
+def check_split(config: RunConfig) -> Iterator[str]:
+    """Three shares, some of them for training, and for validation where it is asked for."""
+    shares, interval = config.data.split, config.train.eval_interval
+    stated = f"data.split={shares}"
+    if len(shares) != 3:
+        yield f"{stated}: three shares are needed, for training, validation and test; try [98,1,1]"
+    elif min(shares) < 0:
+        yield f"{stated}: a share cannot be negative; use 0 for none"
+    elif shares[0] == 0:
+        yield f"{stated}: nothing is left to train on; try [98,1,1]"
+    elif interval > 0 and shares[1] == 0:
+        yield f"train.eval_interval={interval} with {stated}: no document is for validation; try train.eval_interval=0"
+
+
+def check_checkpoint(config: RunConfig) -> Iterator[str]:
+    """What a start takes up is well-formed, and is there."""
+    resume, load = config.checkpoint.resume, config.checkpoint.load
+    if resume not in ("auto", "never") and not resume.isdecimal():
+        guess = closest(resume, ("auto", "never")) or "auto"
+        yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
+    if load is not None and not Path(load).is_dir():
+        near = closest(Path(load).name, _folders(Path(load).parent))
+        advice = (
+            f"nearest: {Path(load).parent / near}"
+            if near
+            else "it is a directory like RUN_DIR/checkpoints/step_00000100"
+        )
+        yield f"checkpoint.load={load}: there is no such directory; {advice}"
+
+
+def _folders(parent: Path) -> list[str]:
+    return [item.name for item in parent.iterdir() if item.is_dir()] if parent.is_dir() else []
+
+
+def check_name(config: RunConfig) -> Iterator[str]:
+    """The run directory lies directly in out_dir."""
+    name = config.name
+    if not name.strip() or name in (".", "..") or "/" in name or "\0" in name:
+        plain = name.replace("/", "-").strip("-. ") or "run"
+        yield f"name={name!r}: must be the name of one directory inside out_dir={config.out_dir}; try name={plain}"
+
+
+RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    check_name,
+    check_heads,
+    check_query_groups,
+    check_rotary,
+    check_positions,
+    check_world,
+    check_batch,
+    check_schedule,
+    check_split,
+    check_checkpoint,
+)
+"""The rules between settings; they hold no meaning where `check_ranges` found something."""
+
+
+def check_relations(config: RunConfig) -> Iterator[str]:
+    """What every rule of RELATIONS finds."""
+    return chain.from_iterable(rule(config) for rule in RELATIONS)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _nearest(wanted: int, legal: list[int]) -> str:
+    """The nearest legal values on both sides of `wanted`, as advice."""
+    below = [value for value in legal if value <= wanted][-1:]
+    above = [value for value in legal if value > wanted][:1]
+    return _either(*below, *above)
+
+
+def _near_divisors(wanted: int, number: int) -> str:
+    return _nearest(wanted, _divisors(number))
+
+
+def _multiples_near(number: int, unit: int) -> str:
+    return _nearest(number, [multiple for multiple in (number // unit * unit, (number // unit + 1) * unit) if multiple])
+
+
+def _either(*values: int) -> str:
+    return " or ".join(str(value) for value in values if value > 0)

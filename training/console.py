@@ -1,0 +1,119 @@
+"""What a person watching a run sees: a summary at the start, a line a logged step, a progress bar on a terminal."""
+
+import math
+import statistics
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, TextIO
+
+from training.config import RunConfig
+from training.metrics import EvaluationMetrics, StepMetrics
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Console:
+    """Prints a run. For rank 0 only. Close it whatever happens (`contextlib.closing`): the bar hides the cursor."""
+
+    def __init__(self, total_steps: int, interactive: bool, stream: TextIO | None = None) -> None:
+        """`interactive` keeps a progress bar below the lines; `stream` is standard output where None."""
+        self._total = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._recent_ms: deque[float] = deque(maxlen=20)
+        self._bar: Progress | None = _start_bar(total_steps, self._stream) if interactive else None
+
+    def start(self, config: RunConfig, parameters: int, device: str) -> None:
+        """Prints what is about to be trained. `config` is resolved; `device` is a kind or name, as a person says it."""
+        model, parallel = config.model, config.parallel
+        tokens = config.train.global_batch_size * config.seq_length
+        sizes = {name: getattr(parallel, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
+        axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        world = parallel.pp * parallel.dp * parallel.cp * parallel.tp
+        ranks = f"{world} ranks, {axes}" if world > 1 else "1 process"
+        self.note(
+            f"model  {humanise(parameters)} parameters, {model.num_layers} layers, {model.hidden_size} wide, "
+            f"{model.num_attention_heads} heads, vocabulary {model.vocabulary:,}"
+        )
+        self.note(
+            f"batch  {config.train.global_batch_size} samples x {config.seq_length:,} = {tokens:,} tokens a step, "
+            f"{humanise(tokens * self._total)} in {self._total:,} steps"
+        )
+        self.note(
+            f"ranks  {ranks}, {config.train.precision} on {device}; a step is {config.accumulation_steps} x "
+            f"{config.micro_batch_size} samples a rank"
+        )
+        self.note(f"files  {config.run_dir}")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Prints a logged step; its eta is the median of recent steps and leaves out evaluations and checkpoints."""
+        self._recent_ms.append(metrics.step_ms)
+        eta = (self._total - metrics.step) * statistics.median(self._recent_ms) / 1000
+        mfu = "n/a" if metrics.mfu is None else f"{metrics.mfu:.1%}"
+        self.note(
+            f"step {metrics.step}/{self._total} | loss {metrics.loss:.3f} | lr {metrics.lr:.1e} "
+            f"| grad {metrics.grad_norm:.2f} | {humanise(metrics.tokens_per_second)} tok/s | mfu {mfu} "
+            f"| mem {metrics.memory_gb:.1f} GB | {metrics.step_ms:.0f} ms | eta {clock(eta)}"
+        )
+        self.progress(metrics.step)
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Prints an evaluation."""
+        shape = ".1f" if metrics.perplexity < 1e6 else ".1e"
+        self.note(
+            f"step {metrics.step}/{self._total} | validation loss {metrics.loss:.3f} "
+            f"| perplexity {metrics.perplexity:{shape}}"
+        )
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def progress(self, step: int) -> None:
+        """Moves the bar to a step, for steps that no line is printed for."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _start_bar(total_steps: int, stream: TextIO) -> "Progress":
+    # rich takes a tenth of a second to import: only a terminal pays for it.
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    bar = Progress(
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Terminal(file=stream, force_terminal=True),
+        transient=True,
+        expand=True,
+    )
+    bar.add_task("training", total=total_steps)
+    bar.start()
+    return bar
+
+
+def humanise(value: float) -> str:
+    """A number in three significant digits with k, M, B or T: 950, 12.3k, 1.20M. Below 1 in two decimals."""
+    if not math.isfinite(value) or abs(value) < 1:
+        return f"{value:.2f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    group = min(int(exponent) // 3, 4)
+    shift = int(exponent) - 3 * group
+    return f"{float(mantissa) * 10**shift:.{max(2 - shift, 0)}f}{('', 'k', 'M', 'B', 'T')[group]}"
+
+
+def clock(seconds: float) -> str:
+    """A duration as m:ss, from an hour on h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

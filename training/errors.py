@@ -1,0 +1,34 @@
+"""Errors that end a run with a message and an exit code that scripts rely on."""
+
+
+class RunError(Exception):
+    """Something that ends a run; the message says what is wrong, where, and what would work."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError):
+    """The configuration, or a path it names, cannot be used. Takes one message a problem."""
+
+    exit_code = 78
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.args)
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is NaN or infinite."""
+
+    exit_code = 70
+
+
+class RunDirectoryError(RunError):
+    """The run directory belongs to another job."""
+
+    exit_code = 73
+
+
+class StorageError(RunError):
+    """Files of the run cannot be read or written."""
+
+    exit_code = 74

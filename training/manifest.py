@@ -1,0 +1,186 @@
+"""The manifest of a checkpoint: where each tensor lies, and whether the files are still what was written."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from training.errors import StorageError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""What the safetensors format calls the dtypes that a checkpoint can hold, and what torch calls them."""
+AUTO_HASHES_UP_TO = 50 * 10**9
+"""Bytes of a checkpoint up to which `auto` hashes every file."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it was written: its size in bytes and the SHA-256 of all of them."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, `lengths` elements from `offsets` on, stored whole under `key` of a safetensors `file`."""
+
+    file: str
+    key: str
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor: its dtype as safetensors writes it, its global shape, and the disjoint chunks that make it up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a checkpoint says of itself; `state` is the caller's own JSON."""
+
+    step: int
+    state: dict[str, Any]
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON that holds a digest of itself. Raises ValueError where `state` is not plain, finite JSON."""
+    document = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "state": manifest.state,
+        "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
+        "tensors": {
+            name: {"dtype": tensor.dtype, "shape": tensor.shape, "chunks": [vars(chunk) for chunk in tensor.chunks]}
+            for name, tensor in manifest.tensors.items()
+        },
+    }
+    return json.dumps(document | {"sha256": _digest(document)}, allow_nan=False).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest of the checkpoint directory `path`.
+
+    Raises StorageError where it is missing, damaged, of another format, names files outside the directory, or describes
+    tensors that its chunks do not fill exactly.
+    """
+    file = path / MANIFEST_NAME
+    try:
+        document = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
+        if (found := document["format"]) != FORMAT:
+            raise ValueError(f"format {found!r}; this version reads format {FORMAT}")
+        if document.pop("sha256") != _digest(document):
+            raise ValueError("its content does not match its own sha256")
+        return _parse(document)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise StorageError(f"{file}: not a valid manifest: {error} is missing") from error
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise StorageError(f"{file}: not a valid manifest: {error}") from error
+
+
+def verify(path: Path, manifest: Manifest, mode: str) -> None:
+    """Compare the files of the checkpoint directory `path` with its manifest.
+
+    `full` hashes every file, `sizes` compares lengths only, `off` looks at nothing, `auto` is `full` up to 50 GB and
+    `sizes` above. Raises StorageError, which names the file, what was expected and what was found.
+    """
+    if mode == "off":
+        return
+    for name, entry in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise StorageError(f"{path / name}: cannot be read: {error.strerror}") from error
+        if size != entry.size:
+            raise StorageError(f"{path / name}: expected {entry.size} bytes, found {size}")
+    if mode == "sizes" or (mode == "auto" and sum(file.size for file in manifest.files.values()) > AUTO_HASHES_UP_TO):
+        return
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        hashes = pool.map(_hash_file, [path / name for name in manifest.files])
+        for (name, entry), found in zip(manifest.files.items(), hashes, strict=True):
+            if found != entry.sha256:
+                raise StorageError(f"{path / name}: expected sha256 {entry.sha256}, found {found}")
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, allow_nan=False, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    (step,) = _naturals([document["step"]], "step")
+    state = document["state"]
+    if not isinstance(state, dict):
+        raise TypeError("state is no object")
+    files = {}
+    for name, entry in document["files"].items():
+        # A name is joined to the checkpoint's path, so it may not lead out of it.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"file name {name!r} is not a plain one")
+        (size,) = _naturals([entry["bytes"]], name)
+        files[name] = FileEntry(size, str(entry["sha256"]))
+    tensors = {name: _parse_tensor(name, entry, files) for name, entry in document["tensors"].items()}
+    return Manifest(step, state, files, tensors)
+
+
+def _parse_tensor(name: str, entry: dict[str, Any], files: dict[str, FileEntry]) -> TensorEntry:
+    shape = _naturals(entry["shape"], name)
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+    chunks = []
+    for item in entry["chunks"]:
+        chunk = Chunk(item["file"], item["key"], _naturals(item["offsets"], name), _naturals(item["lengths"], name))
+        if chunk.file not in files:
+            raise ValueError(f"tensor {name} lies in {chunk.file!r}, which is not among the files")
+        ends = zip(chunk.offsets, chunk.lengths, shape, strict=True)
+        if any(offset + length > size for offset, length, size in ends):
+            raise ValueError(f"tensor {name}: chunk {chunk} reaches beyond shape {list(shape)}")
+        chunks.append(chunk)
+    stored = sum(math.prod(chunk.lengths) for chunk in chunks)
+    if stored != math.prod(shape) or len({chunk.offsets for chunk in chunks}) != len(chunks):
+        raise ValueError(f"tensor {name}: its chunks hold {stored} elements and do not fill shape {list(shape)} once")
+    return TensorEntry(entry["dtype"], shape, tuple(chunks))
+
+
+def _naturals(values: list[Any], name: str) -> tuple[int, ...]:
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{name}: {values} are not whole numbers from 0 on")
+    return tuple(values)

@@ -1,0 +1,157 @@
+"""What a run measures: one JSON object a line in metrics.jsonl and samples.jsonl, appended, and their reader."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from training.errors import StorageError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known after an optimizer step, averaged over the steps since the last logged one where it is a rate."""
+
+    step: int
+    """Optimizer steps taken."""
+    consumed_samples: int
+    """Samples trained on since the run began."""
+    consumed_tokens: int
+    """Tokens trained on since the run began."""
+    loss: float
+    """Mean cross entropy over the valid tokens of the global batch, in nats."""
+    lr: float
+    """Learning rate of the step."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tokens_per_second: float
+    """Tokens over all ranks."""
+    step_ms: float
+    """Milliseconds a step took."""
+    data_ms: float
+    """Milliseconds of a step spent waiting for its batch."""
+    mfu: float | None
+    """Share of the device's peak arithmetic that the model used, 0 to 1; None where the peak is unknown."""
+    memory_gb: float
+    """Largest memory held so far, in GB of 1e9 bytes."""
+
+
+@dataclass(frozen=True)
+class EvaluationMetrics:
+    """What an evaluation on the validation split found."""
+
+    step: int
+    """Optimizer steps taken before it."""
+    loss: float
+    """Mean cross entropy in nats."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
+
+
+class _LineFile:
+    """A file that whole lines are appended to, so that all but the last survive a kill at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file: BinaryIO = path.open("a+b")
+            if self._file.tell():
+                self._file.seek(-1, 2)
+                if self._file.read(1) != b"\n":
+                    # A killed writer left half a line: end it, or the next line would be lost with it.
+                    self._write(b"\n")
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line and hands it to the operating system. Raises StorageError."""
+        finite = {
+            # JSON knows neither NaN nor infinity.
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        try:
+            self._write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def _failure(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"cannot append to {self._path}: {error.strerror}; free space there or choose another out_dir"
+        )
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._failure(error) from error
+
+
+class MetricsLog:
+    """Appends to the metrics.jsonl and samples.jsonl of a run directory. For rank 0 only.
+
+    Numbers that are not finite are written as null. Every method that writes raises StorageError where it cannot.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one."""
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._metrics = _LineFile(run_dir / "metrics.jsonl")
+        self._samples: _LineFile | None = None
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Appends a training step."""
+        self._metrics.append({"step": metrics.step, "attempt": self._attempt, **asdict(metrics)})
+
+    def log_evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Appends an evaluation."""
+        self._metrics.append(
+            {
+                "step": metrics.step,
+                "attempt": self._attempt,
+                "eval_loss": metrics.loss,
+                "perplexity": metrics.perplexity,
+            }
+        )
+
+    def log_samples(self, step: int, samples: Sequence[Sequence[int]], crc: int) -> None:
+        """Appends what a step was fed: (dataset, epoch, window) a sample, in global order, and its tokens' crc32."""
+        if self._samples is None:
+            self._samples = _LineFile(self._run_dir / "samples.jsonl")
+        rows = [list(sample) for sample in samples]
+        self._samples.append({"step": step, "attempt": self._attempt, "samples": rows, "crc": crc})
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl or samples.jsonl: by step, a training step before the evaluation that followed it.
+
+    Of a step logged twice the last line counts; a torn line is skipped; a file that does not exist is empty.
+    """
+    if not path.exists():
+        return []
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records[record["step"], "eval_loss" in record] = record
+    return [records[key] for key in sorted(records)]

@@ -1,0 +1,110 @@
+"""loss.png: the loss curve of a run, drawn from its metrics.jsonl."""
+
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.console import humanise
+from training.metrics import read_metrics
+from training.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, RED, INK, GREY, RULE = "#2a6fbb", "#d1495b", "#22272e", "#6b7480", "#e4e7eb"
+
+
+def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> Path | None:
+    """Draws training and validation loss by step, and each reference as a labelled horizontal line.
+
+    Returns the picture's path, None where nothing was logged yet. Raises StorageError where it cannot be written.
+    """
+    records = read_metrics(run_dir / "metrics.jsonl")
+    training, validation = _points(records, "loss"), _points(records, "eval_loss")
+    if not training and not validation:
+        return None
+    # matplotlib takes half a second to import: only who draws pays for it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
+    axes = figure.add_subplot()
+    shown = list((references or {}).values()) + [loss for _, loss in validation]
+    if training:
+        shown += _draw_training(axes, training)
+    if validation:
+        label = f"validation loss {validation[-1][1]:.3f}"
+        axes.plot(*zip(*validation, strict=True), "o-", color=RED, markersize=4.5, linewidth=1.2, label=label)
+    _decorate(axes, run_dir.name, records)
+    for label, value in (references or {}).items():
+        axes.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+        axes.annotate(
+            f"{label} {value:.2f}",
+            (1, value),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+            fontsize=8.5,
+        )
+    # A spike of the raw curve may leave the picture; the rest keeps its scale.
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    axes.set_ylim(min(shown) - margin, max(shown) + 1.5 * margin)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    path = run_dir / "loss.png"
+    write_atomically(path, picture.getvalue())
+    return path
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over up to `reach` neighbours on either side: as many before as after, so a steep start is not dragged."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    averages = []
+    for position in range(len(values)):
+        side = min(reach, position)
+        first, last = position - side, min(position + side, len(values) - 1)
+        averages.append((sums[last + 1] - sums[first]) / (last + 1 - first))
+    return averages
+
+
+def _points(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """The steps and values of `key`, those that are finite."""
+    found = [(record["step"], record.get(key)) for record in records]
+    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _draw_training(axes: "Axes", points: list[tuple[int, float]]) -> list[float]:
+    """Draws the raw curve, pale, under its average. Returns the average's values."""
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    averages = smooth(losses, len(losses) // 60)
+    axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.3)
+    marker = "o" if len(points) == 1 else ""
+    label = f"training loss (smoothed) {averages[-1]:.3f}"
+    axes.plot(steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
+    return averages
+
+
+def _decorate(axes: "Axes", name: str, records: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    tokens = [record["consumed_tokens"] for record in records if "consumed_tokens" in record]
+    size = f"step {records[-1]['step']:,}" + (f", {humanise(tokens[-1])} tokens" if tokens else "")
+    axes.set_title(name, loc="left", color=INK, fontsize=13, fontweight="bold", pad=34, parse_math=False)
+    axes.set_title(size, loc="right", color=GREY, fontsize=9.5, pad=34)
+    axes.set_xlabel("step", color=GREY)
+    axes.set_ylabel("loss (nats per token)", color=GREY)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
+    axes.tick_params(colors=GREY, length=0, labelsize=9)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    axes.legend(
+        frameon=False, labelcolor=INK, fontsize=9.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3
+    )

@@ -1,0 +1,203 @@
+"""The directory of a run: its configuration, the environment of its last start, and how it stands."""
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from omegaconf import OmegaConf
+
+from training.config import RunConfig
+from training.errors import ConfigError, StorageError
+
+State = Literal["running", "completed", "preempted", "failed"]
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands; job scripts read it from status.json."""
+
+    state: State
+    step: int
+    """Optimizer steps taken."""
+    reason: str
+    """Why it stands so, in words."""
+    attempt: int
+    """Starts in this directory before this one."""
+
+
+class RunDirectory:
+    """Everything a run leaves behind lies in here. Made once a start, on rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        """Writes nothing. Raises StorageError where an earlier start's status.json cannot be read."""
+        self.path = path
+        previous = self.read_status()
+        self.attempt = 0 if previous is None else previous.attempt + 1
+
+    def create(self, config: RunConfig, overrides: list[str]) -> None:
+        """Makes the directory and records what is started: config.yaml, overrides.txt and environment.json.
+
+        An earlier start's record is replaced: its checkpoints carry their own. Raises ConfigError where a file
+        stands in the way and StorageError where the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+            raise ConfigError(
+                f"run directory {self.path}: {obstacle} is no directory; choose another out_dir or name"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot make run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
+            ) from error
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+        write_atomically(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides).encode())
+        write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
+        path = self.path / "config.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(f"cannot read {path}: {error}") from error
+        try:
+            values = OmegaConf.to_container(OmegaConf.create(text))
+        except Exception as error:  # OmegaConf's errors and those of the YAML parser beneath it share no base
+            raise StorageError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict) or not values:
+            raise StorageError(f"{path} holds no configuration; restore it or choose another name")
+        return {str(key): value for key, value in values.items()}
+
+    def write_status(self, state: State, step: int, reason: str) -> None:
+        """Replaces status.json. Raises StorageError."""
+        write_atomically(self.path / "status.json", _json(asdict(Status(state, step, reason, self.attempt))))
+
+    def read_status(self) -> Status | None:
+        """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
+        path = self.path / "status.json"
+        try:
+            return Status(**json.loads(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"{path} is not a status: {error}; remove it to go on from the checkpoints") from error
+
+
+def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Where two configurations mean another model, data or data order, as in "model.num_layers: was 12, now 8".
+
+    Takes configurations as nested dictionaries (`dataclasses.asdict`, config.yaml). A key that `saved` lacks, because
+    an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.
+    """
+    before, now = (_identity(restore_config(values)) for values in (saved, current))
+    return [f"{key}: was {_shown(before[key])}, now {_shown(now[key])}" for key in now if before[key] != now[key]]
+
+
+def restore_config(values: dict[str, Any]) -> RunConfig:
+    """The configuration that `dataclasses.asdict` turned into `values`, as config.yaml and checkpoints hold it.
+
+    Raises ConfigError for a key that this version does not know.
+    """
+    return _restore(RunConfig, values, "")
+
+
+def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
+    if not isinstance(values, dict):
+        raise ConfigError(f"the saved configuration holds no keys under {prefix.rstrip('.') or 'its root'}")
+    kinds = {name: hint for name, hint in get_type_hints(kind).items() if name in values}
+    unknown = [prefix + name for name in values if name not in kinds]
+    if unknown:
+        raise ConfigError(
+            f"the saved configuration holds {', '.join(unknown)}, which this version of Kilotron does not know"
+        )
+    return kind(
+        **{
+            name: _restore(hint, values[name], f"{prefix}{name}.")
+            if isinstance(hint, type) and is_dataclass(hint)
+            else values[name]
+            for name, hint in kinds.items()
+        }
+    )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What a run must keep to stay the same run; derived values are filled in, so null equals what it stands for."""
+    model = {f"model.{part.name}": getattr(config.model, part.name) for part in fields(config.model)}
+    model["model.ffn_hidden_size"] = config.model.ffn_size
+    model["model.num_query_groups"] = config.model.query_groups
+    model["model.head_dim"] = config.model.head_size
+    data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
+    data["data.seq_length"] = config.seq_length
+    del data["data.num_workers"]
+    return {**model, **data, "seed": config.seed}
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _environment() -> dict[str, Any]:
+    packages = {}
+    for package in ("kilotron", "torch", "numpy", "hydra-core"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    changes = _git("status", "--porcelain")
+    return {
+        "command": shlex.join(sys.argv),
+        "host": socket.gethostname(),
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout this file lies in; None without git, a repository or a commit."""
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file so that a crash at any moment leaves the old content or the new. Raises StorageError."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; free space there or choose another out_dir"
+        ) from error

@@ -1,0 +1,79 @@
+"""What can be set: every key with its type, the presets of conf/, and the closest of them to a mistyped one."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_origin
+
+from training.config import RunConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+TYPE_NAMES = MappingProxyType(
+    {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+)
+
+
+def setting_types(schema: type[Any] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every key that can be set, such as `train.steps`, with its declared type."""
+    types: dict[str, Any] = {}
+    for item in fields(schema):
+        if is_dataclass(item.type) and isinstance(item.type, type):
+            types |= setting_types(item.type, f"{item.name}.")
+        else:
+            types[prefix + item.name] = item.type
+    return types
+
+
+def describe_type(declared: Any) -> str:
+    """A declared type in words: `int | None` is "an integer or null"."""
+    if get_origin(declared) is list:
+        return f"a list like [{', '.join(TYPE_NAMES[item].split()[-1] for item in get_args(declared) * 2)}]"
+    if declared in TYPE_NAMES:
+        return TYPE_NAMES[declared]
+    return " or ".join(describe_type(item) for item in get_args(declared))
+
+
+def presets() -> dict[str, list[str]]:
+    """The groups of conf/ with the names of their presets."""
+    folders = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` most likely means, or None."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def suggest_keys(key: str) -> list[str]:
+    """The known keys that an unknown one most likely means; a dash counts as an underscore."""
+    wanted = key.replace("-", "_").lower()
+    known = [*setting_types(), *presets()]
+    last = _last(wanted)
+    if not any(_last(candidate) == last for candidate in known):
+        guess = closest(wanted, known)
+        if guess is not None:
+            return [guess]
+        last = closest(last, map(_last, known)) or last
+    return [candidate for candidate in known if _last(candidate) == last]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def unknown_key(key: str) -> str:
+    """The message for a key that is not known."""
+    guesses = suggest_keys(key)
+    hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help shows the groups, --cfg job every key"
+    return f"unknown key {key}; {hint}"
+
+
+def unknown_preset(group: str, name: object) -> str:
+    """The message for a preset that a group does not have."""
+    names = presets()[group]
+    guess = closest(str(name), names)
+    hint = f"did you mean {guess}? known: " if guess else "known: "
+    return f"{group}={name}: no such preset; {hint}{', '.join(names)}"
