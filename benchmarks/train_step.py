@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from training.precision import choose_precision
 from training.train_step import TrainStep
 
 BATCH, SEQ, VOCABULARY = 8, 256, 50_304
-SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": SEQ}
+SHAPE: dict[str, Any] = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": SEQ}
 FAMILIES = {
     "gpt2": ModelConfig(**SHAPE, vocab_size=VOCABULARY, activation="gelu_tanh"),
     "llama": ModelConfig(
@@ -80,6 +81,7 @@ def transformers_step(family: str, precision_name: str) -> Callable[[], float]:
     import transformers
 
     config = FAMILIES[family]
+    model: Any
     if family == "gpt2":
         model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(

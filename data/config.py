@@ -11,7 +11,7 @@ class DataConfig:
     """Prefix of a prepared `.bin`/`.idx` pair (see `kilotron prepare`); it wins over `corpus`."""
     corpus: str | None = field(default=None, metadata={"choices": ("sample",)})
     """An embedded corpus, prepared on first use: `sample` is the documentation inside the running Python."""
-    corpus_vocab_size: int = field(default=3072, metadata={"min": 257})
+    corpus_vocab_size: int = field(default=1536, metadata={"min": 257})
     """Vocabulary of the tokenizer trained on the embedded corpus, where `tokenizer` is null."""
     blend: list[str] | None = None
     """Several prefixes with weights."""

@@ -146,8 +146,12 @@ class CheckpointWriter(StorageWriter):
             if file.tell() != size:
                 raise ValueError(f"{name}: wrote {file.tell()} bytes where the plan has {size}")
         entry = FileEntry(size, digest.hexdigest())
-        chunks = [Chunk(name, key, tuple(box.offsets), tuple(box.sizes)) for key, box in zip(keys, boxes, strict=True)]
-        return [WriteResult(item.index, 0, (chunk, entry)) for item, chunk in zip(items, chunks, strict=True)]
+        results = []
+        for item, key, box in zip(items, keys, boxes, strict=True):
+            chunk = Chunk(name, key, tuple(box.offsets), tuple(box.sizes))
+            size = math.prod(box.sizes) * _data(item).properties.dtype.itemsize
+            results.append(WriteResult(item.index, size, (chunk, entry)))
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the manifest, make the checkpoint visible and remove those that are not to be kept."""
@@ -232,7 +236,7 @@ class CheckpointReader(StorageReader):
                 problems.append(f"{name} has shape {list(entry.shape)}, wanted is {list(tensor.shape)}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise StorageError(f"{self._directory}: does not fit this model: {'; '.join(problems[:5])}{more}")
+            raise StorageError(f"the checkpoint does not fit this model: {'; '.join(problems[:5])}{more}")
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The planner's own plan."""

@@ -167,7 +167,7 @@ def check_world(config: RunConfig) -> Iterator[str]:
     hints.append(f"world_size={product if layout.dp_shard != -1 else _multiples_near(world, product)} fits")
     stated = " * ".join(f"{key}={size}" for key, size in fixed.items()) or f"parallel.dp_shard={layout.dp_shard}"
     relation = "must divide" if layout.dp_shard == -1 else "must equal"
-    yield f"world_size={world} with {stated}: their product, {product}, {relation} {world}; {'; '.join(hints)}"
+    yield f"world_size={world} with {stated}: {product} {relation} {world}; {'; '.join(hints)}"
 
 
 def _legal_sizes(world: int, product: int, size: int, dp_shard: int) -> list[int]:
@@ -198,7 +198,7 @@ def check_schedule(config: RunConfig) -> Iterator[str]:
     if schedule.warmup_steps >= steps:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of {length}={steps}; "
-            f"try at most {steps - 1} or more steps"
+            f"use at most {steps - 1}, or more steps"
         )
     elif schedule.name == "wsd" and schedule.warmup_steps + config.decay_steps > steps:
         yield (

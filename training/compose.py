@@ -41,12 +41,12 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
 def _composing_problem(message: str) -> str:
     """Hydra's own message, with what would work in the place of its types."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line.strip() for line in message.partition("Config search path:")[0].splitlines() if line.strip()]
     where = next((f" (conf/{name}.yaml)" for name in re.findall("^In '([^']*)'", message)), "")
     key = next(iter(re.findall(r"full_key: (\S+)", message)), None)
     if key is not None and "not in '" in message:
         return unknown_key(key) + where
-    if key in setting_types() and "nterpolation" not in message:
+    if key in setting_types() and "interpolation" not in message.lower():
         return f"{key}: {lines[1] if where else lines[0]}{where}; expected {describe_type(setting_types()[key])}"
     shown = [line for line in lines if not line.startswith(("full_key", "reference_type", "object_type"))]
     return " ".join([f"{key}:", *shown] if key else shown)

@@ -38,8 +38,8 @@ EXAMPLES = (
     ("a small GPT on a laptop, in minutes", "python pretrain_gpt.py experiment=pretrain"),
     (
         "GPT-2 on own text, on 8 GPUs",
-        "torchrun --standalone --nproc-per-node=8 pretrain_gpt.py model=gpt2_small data=files \\\n"
-        "      data.path=corpus/text train.global_batch_size=512 train.micro_batch_size=16 train.precision=bf16",
+        "torchrun --standalone --nproc-per-node=8 pretrain_gpt.py model=gpt2_small \\\n"
+        "      data.path=corpus/text train.global_batch_size=512 train.micro_batch_size=16",
     ),
     (
         "is this legal on 64 GPUs? nothing is started, no GPU is needed",
@@ -78,7 +78,7 @@ def help_page() -> str:
         "Trains a GPT. A run is a choice of presets and of values, written key=value in any order.",
         "",
         "  python pretrain_gpt.py [GROUP=PRESET ...] [KEY=VALUE ...]            one process",
-        "  torchrun --nproc-per-node=N pretrain_gpt.py [GROUP=PRESET ...] ...   N processes, GPUs where there are",
+        "  torchrun --standalone --nproc-per-node=N pretrain_gpt.py ...         N processes",
         "",
         "Presets (* where nothing is said; files of conf/)",
         *_preset_lines(),
@@ -100,11 +100,11 @@ def help_page() -> str:
 
 def _preset_lines() -> Iterator[str]:
     defaults = OmegaConf.load(CONF / "config.yaml").defaults
-    chosen = {group: name for item in defaults if isinstance(item, DictConfig) for group, name in item.items()}
+    chosen = {str(group): name for item in defaults if isinstance(item, DictConfig) for group, name in item.items()}
     for group, default in chosen.items():
-        for name in presets()[group]:
-            mark = "*" if name == default else " "
-            yield f"{mark} {group}={name}".ljust(26) + _first_comment(group, name)
+        for preset in presets()[group]:
+            mark = "*" if preset == default else " "
+            yield f"{mark} {group}={preset}".ljust(26) + _first_comment(group, preset)
 
 
 def _first_comment(group: str, name: str) -> str:

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -62,13 +62,14 @@ def check_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     accepted: list[str] = []
     problems: list[str] = []
     remaining = list(words)
+    schema = thawed_schema()
     while remaining:
         word = remaining.pop(0)
         if word.startswith("-"):
             separate = "=" not in word and bool(remaining) and not re.search("^-|=", remaining[0])
             problems.append(_option_problem(word, remaining.pop(0) if separate else None))
             continue
-        problem = _override_problem(word)
+        problem = _override_problem(word, schema)
         if problem is None:
             accepted.append(word.lstrip("+"))
         else:
@@ -85,7 +86,7 @@ def _option_problem(word: str, following: str | None) -> str:
     return f"unknown option {word}; did you mean {' or '.join(f'{guess}={value}' for guess in guesses)}?"
 
 
-def _override_problem(word: str) -> str | None:
+def _override_problem(word: str, schema: DictConfig) -> str | None:
     """What is wrong with one `key=value`, or None. Adding (`+key`) a known key is setting it."""
     key, equals, value = word.partition("=")
     if word.startswith("~"):
@@ -100,20 +101,20 @@ def _override_problem(word: str) -> str | None:
     if known not in setting_types() and known not in presets():
         if known in sections:
             return f"{word}: {known} has no presets; set one of its keys, such as {_first_key(known)}=VALUE"
-        return unknown_key(known) + (f" ({word})" if value else "")
+        return unknown_key(known, value)
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
         reason = str(error).splitlines()[0]
         return f"{word}: the value cannot be read ({reason}); quote it: \"{known}='{value}'\""
-    return _value_problem(word, known, override)
+    return _value_problem(word, known, override, schema)
 
 
 def _first_key(section: str) -> str:
     return next(name for name in setting_types() if name.startswith(f"{section}."))
 
 
-def _value_problem(word: str, key: str, override: Override) -> str | None:
+def _value_problem(word: str, key: str, override: Override, schema: DictConfig) -> str | None:
     declared = setting_types().get(key)
     if override.is_sweep_override():
         values = word.partition("=")[2]
@@ -125,7 +126,9 @@ def _value_problem(word: str, key: str, override: Override) -> str | None:
         hint = f"; for a file of tokens write data.path={value}" if key == "data" else ""
         return None if known else unknown_preset(key, value) + hint
     try:
-        OmegaConf.update(thawed_schema(), key, value)
+        if "bool" in str(declared) and isinstance(value, (int, float)) and value not in (0, 1):
+            raise ValidationError  # OmegaConf would take any number for true
+        OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
         whole = isinstance(value, float) and value.is_integer() and describe_type(declared).startswith("an integer")
         return f"{word}: expected {describe_type(declared)}" + (f"; try {key}={value:.0f}" if whole else "")

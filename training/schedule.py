@@ -47,7 +47,6 @@ def learning_rate(config: RunConfig, step: int) -> float:
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     total = config.schedule_steps
-    decay_steps = max(1, total // 10) if schedule.decay_steps is None else schedule.decay_steps
-    decay = Decay(steps=total - schedule.warmup_steps, decay_steps=decay_steps)
+    decay = Decay(steps=total - schedule.warmup_steps, decay_steps=config.decay_steps)
     share = SHAPES[schedule.name](step - schedule.warmup_steps, decay)
     return schedule.min_lr + (peak - schedule.min_lr) * share

@@ -51,6 +51,8 @@ def suggest_keys(key: str) -> list[str]:
     """The known keys that an unknown one most likely means; a dash counts as an underscore."""
     wanted = key.replace("-", "_").lower()
     known = [*setting_types(), *presets()]
+    if wanted in known:
+        return [wanted]
     last = _last(wanted)
     if not any(_last(candidate) == last for candidate in known):
         guess = closest(wanted, known)
@@ -64,11 +66,12 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def unknown_key(key: str) -> str:
-    """The message for a key that is not known."""
-    guesses = suggest_keys(key)
-    hint = f"did you mean {' or '.join(guesses)}?" if guesses else "--help shows the groups, --cfg job every key"
-    return f"unknown key {key}; {hint}"
+def unknown_key(key: str, value: str | None = None) -> str:
+    """The message for a key that is not known, with the value that it was to have."""
+    assigned = "" if value is None else f"={value}"
+    guesses = " or ".join(f"{guess}{assigned}" for guess in suggest_keys(key))
+    hint = f"did you mean {guesses}?" if guesses else "--help shows the groups, --cfg job every key"
+    return f"unknown key {key}{assigned}; {hint}"
 
 
 def unknown_preset(group: str, name: object) -> str:

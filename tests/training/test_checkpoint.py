@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,12 @@ def test_files_are_plain_safetensors_and_hold_each_element_once(saved, layout):
     assert (manifest.step, manifest.state) == (100, {"consumed_samples": 3})
     assert {file.name for file in path.iterdir()} == {*manifest.files, "manifest.json"}
     for name, entry in manifest.files.items():
-        assert hashlib.sha256((path / name).read_bytes()).hexdigest() == entry.sha256
+        content = (path / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry.sha256
+        (length,) = struct.unpack_from("<Q", content)
+        for key, value in json.loads(content[8 : 8 + length]).items():
+            item_size = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}.get(value.get("dtype"), 1)
+            assert key == "__metadata__" or value["data_offsets"][0] % item_size == 0, "not aligned"
     for name, tensor in expected.items():
         whole, times = torch.zeros_like(tensor), torch.zeros(tensor.shape)
         for chunk in manifest.tensors[name].chunks:
@@ -157,6 +163,26 @@ def _save_one_row(rank, world_size, run_dir):
 def test_a_rank_without_anything_to_write_writes_no_file(tmp_path):
     path = run_ranks(2, _save_one_row, tmp_path)[1]
     assert list(read_manifest(path).files) == ["rank_00000.safetensors"]
+
+
+def _save_and_swap_layers(rank, world_size, run_dir):
+    """As pipeline stages do: each rank holds layers of its own, and another layout asks for others."""
+    path = save_checkpoint(run_dir, 1, {f"layers.{rank}": torch.full((2,), float(rank))}, {}, keep=1)
+    manifest = read_manifest(path)
+    other = {f"layers.{1 - rank}": torch.zeros(2)}
+    load_checkpoint(path, manifest, other)
+    message = ""
+    try:
+        load_checkpoint(path, manifest, {"layers.7": torch.zeros(2)} if rank == 1 else other)
+    except StorageError as error:
+        message = str(error)
+    return other[f"layers.{1 - rank}"].tolist(), message
+
+
+def test_ranks_may_save_and_load_different_tensors_and_fail_together(tmp_path):
+    results = run_ranks(2, _save_and_swap_layers, tmp_path)
+    assert [values for values, _ in results] == [[1.0, 1.0], [0.0, 0.0]]
+    assert all("rank 1: " in message and "layers.7 is not in it" in message for _, message in results)
 
 
 def test_looking_for_checkpoints_disturbs_no_save(tmp_path, one_rank):
@@ -229,6 +255,22 @@ def test_the_same_step_is_replaced(tmp_path, one_rank):
     tensors = _tensors(0)
     load_checkpoint(path, manifest, tensors)
     assert tensors["step"].item() == 2
+
+
+def test_a_checkpoint_set_aside_counts_until_it_is_replaced(tmp_path, one_rank, monkeypatch):
+    path = _save(tmp_path, 10)
+    path.rename(path.with_name("step_00000010.replaced"))
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "bad disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match="bad disk"):
+            _save(tmp_path, 10)
+    assert choose_checkpoint(tmp_path, "auto", "full")[1].step == 10
+    _save(tmp_path, 10)
+    assert _names(tmp_path) == ["latest", "step_00000010"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])

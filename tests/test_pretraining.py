@@ -1,0 +1,229 @@
+"""Whole runs of pretrain_gpt.py: every layout feeds and computes the same, and a run goes on where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import pretrain_gpt
+from tests.pool import run_ranks
+from training.errors import ConfigError, NonFiniteError, StorageError
+
+SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",
+         "log.sample_ids=true", "optimizer.lr=1e-2"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def out_dir(tmp_path_factory):
+    """One place for all runs, so that the sample corpus is prepared once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def one_rank(rank, world_size, words):
+    return pretrain_gpt.main(words, os.environ)
+
+
+def train(out_dir, name, ranks, *words):
+    """Run pretrain_gpt.py's main on `ranks` processes; returns its exit code, the same on all."""
+    codes = run_ranks(ranks, one_rank, [*SMALL, f"out_dir={out_dir}", f"name={name}", *words], initialize=False)
+    assert len(set(codes)) == 1
+    return codes[0]
+
+
+def lines(out_dir, name, file):
+    """The lines of a run's file by step; of a step logged twice the last counts."""
+    records = [json.loads(line) for line in (out_dir / name / file).read_text().splitlines()]
+    return {record["step"]: record for record in records if "eval_loss" not in record}
+
+
+def numbers(out_dir, name):
+    return [[record["loss"], record["grad_norm"]] for record in lines(out_dir, name, "metrics.jsonl").values()]
+
+
+def samples(out_dir, name):
+    return {step: (r["samples"], r["crc"]) for step, r in lines(out_dir, name, "samples.jsonl").items()}
+
+
+def status(out_dir, name):
+    return json.loads((out_dir / name / "status.json").read_text())
+
+
+def checkpoint_tensors(out_dir, name, step):
+    """Every chunk of a checkpoint by name and file, as bytes."""
+    tensors = {}
+    for file in sorted((out_dir / name / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors |= {(file.name, key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def reference(out_dir):
+    """One process, the whole batch at once."""
+    assert train(out_dir, "reference", 1, "train.precision=fp64", "train.steps=5") == 0
+    return numbers(out_dir, "reference"), samples(out_dir, "reference")
+
+
+LAYOUTS = [
+    (1, ["train.micro_batch_size=1"]),
+    (1, ["train.micro_batch_size=4", "data.num_workers=0"]),
+    (2, ["parallel.dp_shard=2", "train.micro_batch_size=2"]),
+    (2, ["parallel.dp_replicate=2", "train.micro_batch_size=1", "parallel.zero=1"]),
+    (2, ["parallel.zero=2", "train.micro_batch_size=2", "data.num_workers=3"]),
+    (4, ["parallel.dp_shard=4", "train.micro_batch_size=1"]),
+    (4, ["parallel.dp_shard=4", "train.micro_batch_size=1", "parallel.zero=2"]),
+    (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2", "train.micro_batch_size=1", "parallel.zero=1"]),
+    (4, ["parallel.dp_replicate=2"]),
+]
+
+
+@pytest.mark.parametrize(("ranks", "words"), LAYOUTS, ids=lambda value: str(value))
+def test_every_layout_feeds_the_same_samples_and_logs_the_same_numbers(out_dir, reference, ranks, words):
+    name = f"layout{LAYOUTS.index((ranks, words))}"
+    assert train(out_dir, name, ranks, "train.precision=fp64", "train.steps=5", *words) == 0
+    np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=1e-10)
+    assert samples(out_dir, name) == reference[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("ranks", "words"), [(1, []), LAYOUTS[3], LAYOUTS[4], LAYOUTS[7]], ids=lambda value: str(value)
+)
+def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision):
+    name = f"{precision}-layout{LAYOUTS.index((ranks, words)) if words else ''}"
+    assert train(out_dir, name, ranks, f"train.precision={precision}", "train.steps=5", *words) == 0
+    tolerance = {"fp32": 1e-4, "bf16": 5e-2}[precision]
+    np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=tolerance)
+    assert samples(out_dir, name) == reference[1]
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_five_and_five_steps_equal_ten_bit_for_bit(out_dir, precision):
+    words = [f"train.precision={precision}", "train.steps=10", "train.micro_batch_size=2", "checkpoint.interval=4"]
+    whole, halves = f"whole-{precision}", f"halves-{precision}"
+    assert train(out_dir, whole, 2, *words) == 0
+    assert train(out_dir, halves, 2, *words, "train.exit_after=5") == 75
+    assert status(out_dir, halves) | {"reason": ""} == {"state": "preempted", "step": 5, "reason": "", "attempt": 0}
+    assert train(out_dir, halves, 2, *words) == 0
+    assert status(out_dir, halves)["state"] == "completed"
+    assert numbers(out_dir, halves) == numbers(out_dir, whole)
+    assert samples(out_dir, halves) == samples(out_dir, whole)
+    assert {record["attempt"] for record in lines(out_dir, halves, "metrics.jsonl").values()} == {0, 1}
+    expected = checkpoint_tensors(out_dir, whole, 10)
+    found = checkpoint_tensors(out_dir, halves, 10)
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in expected)
+
+
+def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):
+    words = ["train.precision=fp64", "train.steps=6"]
+    assert train(out_dir, "one", 1, *words) == 0
+    assert train(out_dir, "many", 4, *words, "parallel.dp_replicate=2", "train.exit_after=2") == 75
+    assert train(out_dir, "many", 2, *words, "parallel.zero=1", "train.micro_batch_size=1", "train.exit_after=2") == 75
+    assert train(out_dir, "many", 1, *words) == 0
+    np.testing.assert_allclose(numbers(out_dir, "many"), numbers(out_dir, "one"), rtol=1e-10)
+    assert samples(out_dir, "many") == samples(out_dir, "one")
+
+
+def test_more_steps_continue_a_completed_run_and_the_same_again_does_nothing(out_dir, capfd):
+    words = ["schedule=constant", "train.precision=fp64"]
+    assert train(out_dir, "longer", 1, *words, "train.steps=2") == 0
+    before = (out_dir / "longer" / "metrics.jsonl").read_text()
+    assert train(out_dir, "longer", 2, *words, "train.steps=2") == 0
+    assert (out_dir / "longer" / "metrics.jsonl").read_text() == before
+    assert train(out_dir, "longer", 2, *words, "train.steps=4") == 0
+    assert list(lines(out_dir, "longer", "metrics.jsonl")) == [1, 2, 3, 4]
+    assert train(out_dir, "straight", 1, *words, "train.steps=4") == 0
+    np.testing.assert_allclose(numbers(out_dir, "longer"), numbers(out_dir, "straight"), rtol=1e-10)
+
+
+def test_another_model_data_or_seed_in_the_run_directory_is_refused_with_the_difference(out_dir):
+    assert train(out_dir, "owned", 1, "train.steps=1") == 0
+    for word, difference in [
+        ("model.num_layers=2", "model.num_layers: was 3, now 2"),
+        ("data.seq_length=24", "data.seq_length: was 48, now 24"),
+        ("seed=1", "seed: was 1234, now 1"),
+    ]:
+        with pytest.raises(ConfigError, match=difference):
+            train(out_dir, "owned", 2, "train.steps=2", word)
+    with pytest.raises(ConfigError, match="name=owned-2"):
+        train(out_dir, "owned", 1, "train.steps=2", "checkpoint.resume=never")
+    assert list(lines(out_dir, "owned", "metrics.jsonl")) == [1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_only_damaged_ones_end_with_74(out_dir):
+    words = ["train.precision=fp64", "train.steps=6", "checkpoint.interval=2"]
+    assert train(out_dir, "undamaged", 2, *words) == 0
+    assert train(out_dir, "damaged", 2, *words, "train.exit_after=4") == 75
+    steps = out_dir / "damaged" / "checkpoints"
+    flip_a_bit(next((steps / "step_00000004").glob("*.safetensors")))
+    assert train(out_dir, "damaged", 2, *words, "train.exit_after=2") == 75
+    assert numbers(out_dir, "damaged") == numbers(out_dir, "undamaged")[:4]
+    for file in steps.glob("*/*.safetensors"):
+        flip_a_bit(file)
+    with pytest.raises(StorageError, match="no valid checkpoint"):
+        train(out_dir, "damaged", 2, *words)
+    assert status(out_dir, "damaged")["state"] == "failed"
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_weights_of_another_run_can_be_a_start(out_dir):
+    words = ["train.precision=fp64", "schedule=constant"]
+    assert train(out_dir, "source", 2, *words, "train.steps=6") == 0
+    load = out_dir / "source" / "checkpoints" / "step_00000006"
+    assert train(out_dir, "loaded", 1, *words, "train.steps=1", "seed=99", f"checkpoint.load={load}") == 0
+    assert train(out_dir, "fresh", 1, *words, "train.steps=1", "seed=99") == 0
+    assert numbers(out_dir, "loaded")[0][0] < numbers(out_dir, "fresh")[0][0] - 0.5
+    assert lines(out_dir, "loaded", "metrics.jsonl")[1]["consumed_samples"] == 8
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_diverges_ends_with_70_and_names_step_rank_and_samples(out_dir, ranks):
+    name = f"diverged{ranks}"
+    with pytest.raises(NonFiniteError, match=r"step 2: .*rank 0, samples \[dataset, epoch, window\] \[\[0, 0, \d+\]"):
+        train(out_dir, name, ranks, "optimizer.lr=1e38", "train.steps=5", "optimizer.clip_grad=0", "schedule=constant")
+    assert status(out_dir, name)["state"] == "failed"
+    assert not (out_dir / name / "checkpoints").exists()
+
+
+def test_torchrun_and_the_command_line_end_to_end(out_dir):
+    """What no test above goes through: torchrun itself, stdout of rank 0 alone, and exit codes of the process."""
+    words = [*SMALL, f"out_dir={out_dir}", "train.steps=4", "train.eval_interval=2", "name=torchrun"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(pretrain_gpt.__file__).parent
+
+    def call(*command):
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+
+    preempted = call(*torchrun, "pretrain_gpt.py", *words, "train.exit_after=2")
+    assert preempted.returncode == 0, preempted.stderr
+    assert status(out_dir, "torchrun")["state"] == "preempted"
+    completed = call(sys.executable, "pretrain_gpt.py", *words)
+    assert completed.returncode == 0, completed.stderr
+    assert "resumed from" in completed.stdout
+    printed = preempted.stdout + completed.stdout
+    assert [printed.count(f"step {step}/4 | loss") for step in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert printed.count("| validation loss") == 2
+    for promised in ("ln(vocabulary)", "unigram entropy", str(out_dir / "torchrun" / "loss.png")):
+        assert promised in completed.stdout
+    assert (out_dir / "torchrun" / "loss.png").stat().st_size > 10_000
+    refused = call(*torchrun, "pretrain_gpt.py", *words, "model.num_layers=4")
+    assert refused.returncode == 1
+    assert refused.stderr.count("model.num_layers: was 3, now 4") == 1
+    generated = call(
+        str(Path(sys.executable).with_name("kilotron")), "generate", str(out_dir / "torchrun"), "--prompt", "Return"
+    )
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("Return")
+    assert len(generated.stdout) > 50

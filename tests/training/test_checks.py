@@ -1,0 +1,228 @@
+"""Bad configurations: one table of what is typed and what the message must say."""
+
+import dataclasses
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training import checks
+from training.compose import compose, resolve
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.settings import describe_type, setting_types
+
+GPT2 = "model=gpt2_small"
+
+BAD = [
+    # unknown keys and presets
+    ("model.num_layer=3", "unknown key model.num_layer=3", "did you mean model.num_layers=3?"),
+    ("tp=2", "did you mean parallel.tp=2?"),
+    ("lr=1e-3", "did you mean optimizer.lr=1e-3?"),
+    ("steps=5", "train.steps=5", "schedule.steps=5"),
+    ("train.lr=1", "did you mean optimizer.lr=1?"),
+    ("batchsize=3", "unknown key batchsize"),
+    ("qqq=3", "unknown key qqq", "--help"),
+    ("hydra.verbose=true", "unknown key hydra.verbose"),
+    ("+modle=tiny", "did you mean model=tiny?"),
+    ("model=lama3_8b", "no such preset", "did you mean llama3_8b?", "known: gpt2_small, llama3_8b, tiny"),
+    ("model=null", "model=None: no such preset", "tiny"),
+    ("model={num_layers: 3}", "no such preset"),
+    ("experiment=pretain", "did you mean pretrain?"),
+    ("data=corpus.bin", "no such preset", "data.path=corpus.bin"),
+    ("parallel=4", "parallel has no presets", "parallel.tp=VALUE"),
+    ("parallel/tp=4", "unknown key parallel/tp"),
+    # how settings are written
+    ("--tp 4", "unknown option --tp;", "did you mean parallel.tp=4?"),
+    ("--parallel.tp=4", "unknown option --parallel.tp=4", "did you mean parallel.tp=4?"),
+    ("--micro-batch-size 4", "did you mean train.micro_batch_size=4?"),
+    ("--wandb --seed 1", "log.wandb=VALUE", "did you mean seed=1?"),
+    ("--frobnicate", "unknown option --frobnicate", "key=value"),
+    ("train.steps", "settings are written key=value", "such as train.steps=VALUE"),
+    ("~train.steps", "cannot be removed"),
+    ("~experiment", "cannot be removed"),
+    ("model@other=tiny", "packages (@)", "write model=tiny"),
+    ("data.path=~/text", "the value cannot be read", "quote it: \"data.path='~/text'\""),
+    ("train.steps=1,2", "several values", "add -m"),
+    ("data.split=98,1,1", "write data.split=[98,1,1]"),
+    # types
+    ("train.steps=ten", "train.steps=ten: expected an integer"),
+    ("train.steps=1e3", "expected an integer; try train.steps=1000"),
+    ("train.steps=null", "train.steps=null: expected an integer"),
+    ("model.head_dim=x", "expected an integer or null"),
+    ("optimizer.lr=high", "expected a number"),
+    ("model.bias=maybe", "expected true or false"),
+    ("model.bias=3", "expected true or false"),
+    ("train.steps=true", "expected an integer"),
+    ("parallel.sequence=2", "expected true or false or null"),
+    ("data.path=[a]", "expected text or null"),
+    ("data.split=3", "expected a list like [number, number]"),
+    ("optimizer.lr=${train.stepz}", "optimizer.lr", "train.stepz"),
+    # ranges and choices
+    ("train.steps=0", "train.steps=0: must be at least 1"),
+    ("model.hidden_size=0 model.num_attention_heads=0", "hidden_size=0", "num_attention_heads=0"),
+    ("optimizer.lr=0", "optimizer.lr=0.0: must be above 0.0"),
+    ("optimizer.lr=nan", "must be a finite number"),
+    ("data.split=[inf,1,1]", "must be a finite number"),
+    ("optimizer.beta2=1", "optimizer.beta2=1.0: must be below 1.0"),
+    ("parallel.dp_shard=-2", "must be at least -1"),
+    ("parallel.zero=4", "parallel.zero=4", "known: 1, 2, 3"),
+    ("train.precision=pf32", "did you mean fp32?", "known: fp32, bf16, fp64"),
+    ("model.activation=swigluu", "did you mean swiglu?", "known: gelu, gelu_tanh, swiglu"),
+    ("schedule.name=cosin", "did you mean cosine?"),
+    ("log.wandb=of", "did you mean off?", "offline, online"),
+    ("data.corpus=sampel", "did you mean sample?"),
+    # not built yet
+    ("parallel.tp=2 world_size=2", "parallel.tp=2 is not available in this version; use parallel.tp=1"),
+    ("parallel.sequence=true", "parallel.sequence=true is not available in this version; use one of null, false"),
+    ("train.precision=tf32", "train.precision=tf32 is not available in this version; use one of fp32, bf16, fp64"),
+    ("model.num_experts=8", "use model.num_experts=null"),
+    ("model.activation=relu2", "model.activation=relu2 is not available"),
+    ("data.blend=[a]", "use data.blend=null"),
+    ("train.compile=true", "use train.compile=false"),
+    ("parallel.pp_schedule=zb", "use parallel.pp_schedule=1f1b"),
+    # the model
+    (
+        "model.num_attention_heads=5 model.hidden_size=256 model.num_query_groups=null",
+        "model.num_attention_heads=5 does not divide model.hidden_size=256; try 4 or 8",
+    ),
+    (
+        "model.num_attention_heads=12 model.num_query_groups=5",
+        "does not divide model.num_attention_heads=12; try 4 or 6",
+    ),
+    ("model.num_attention_heads=12 model.num_query_groups=24", "does not divide model.num_attention_heads=12; try 12"),
+    ("model.head_dim=15", "model.head_dim=15 is odd", "try 14 or 16"),
+    ("model.num_attention_heads=12 model.hidden_size=60", "odd width 5", "try model.num_attention_heads=10 or 15"),
+    (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
+    (f"{GPT2} model.vocab_size=300", "less than the 3072 tokens", "null or at least 3072"),
+    ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
+    # ranks and batches
+    ("world_size=6 parallel.dp_replicate=4", "4 must divide 6", "may be 1, 2, 3, 6", "world_size=4 or 8 fits"),
+    ("world_size=6 parallel.dp_shard=4", "4 must equal 6", "parallel.dp_shard may be 6", "world_size=4 fits"),
+    ("world_size=8 parallel.dp_shard=1", "parallel.dp_shard=1: 1 must equal 8", "world_size=1 fits"),
+    ("parallel.dp_shard=0", "use -1 for all ranks that remain, or at least 1"),
+    ("world_size=3 train.global_batch_size=8", "not divisible by 3", "train.global_batch_size=6 or 9"),
+    ("world_size=16 train.global_batch_size=8", "not divisible by 16", "try train.global_batch_size=16"),
+    (
+        "world_size=2 train.global_batch_size=24 train.micro_batch_size=5",
+        "2 data-parallel ranks * train.micro_batch_size=5",
+        "train.global_batch_size=20 or 30, or train.micro_batch_size=4 or 6",
+    ),
+    # the schedule
+    ("schedule.warmup_steps=100", "leaves nothing of train.steps=100", "at most 99"),
+    ("schedule.steps=10 schedule.warmup_steps=10", "leaves nothing of schedule.steps=10"),
+    ("schedule=wsd schedule.warmup_steps=50 schedule.decay_steps=60", "more than train.steps=100", "decay_steps=50"),
+    ("schedule=wsd schedule.warmup_steps=95", "schedule.decay_steps=10 is more than", "try schedule.decay_steps=5"),
+    ("schedule.min_lr=1", "above optimizer.lr=0.0006"),
+    # data, checkpoints, names
+    ("data=files", "no data is chosen"),
+    ("data.path=missing/prefix", "missing/prefix"),
+    ("data.tokenizer=gpt3", "did you mean gpt2?"),
+    ("data.split=[1,1]", "three shares"),
+    ("data.split=[98,-1,3]", "a share cannot be negative"),
+    ("data.split=[0,1,1]", "nothing is left to train on"),
+    ("data.split=[0,0,0]", "nothing is left to train on"),
+    ("data.split=[1,0,0] train.eval_interval=5", "no document is for validation", "train.eval_interval=0"),
+    ("checkpoint.resume=nevr", "did you mean never?"),
+    ("checkpoint.resume=-5", "the number of a step"),
+    ("checkpoint.load=conf/modle", "no such directory", "nearest: conf/model"),
+    ("checkpoint.load=nowhere/at/all", "RUN_DIR/checkpoints"),
+    ("name=a/b", "name of one directory", "try name=a-b"),
+    ("name=..", "name of one directory", "try name=run"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=[case[0] for case in BAD])
+def test_a_bad_configuration_is_refused_with_what_would_work(case):
+    typed, *fragments = case
+    words = [typed] if typed.startswith("model={") else typed.split()
+    with pytest.raises(ConfigError) as caught:
+        resolve(compose(words), {})
+    message = str(caught.value)
+    assert caught.value.exit_code == 78
+    assert all(fragment in message for fragment in fragments), message
+    assert "Traceback" not in message
+    assert "full_key" not in message
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        compose(["tp=2", "model=x", "train.steps=ten", "seed=3"])
+    assert len(caught.value.args) == len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ConfigError) as caught:
+        resolve(compose(["data=files", "parallel.tp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
+    assert len(caught.value.args) == 6  # one rank is no multiple of tp=2 either
+
+
+@pytest.mark.parametrize(
+    ("world", "environment", "fragment"),
+    [
+        (4, {"WORLD_SIZE": "2"}, "world_size=4, but 2 ranks were started"),
+        (None, {"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        (None, {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ],
+)
+def test_the_world_must_be_the_one_that_was_started(world, environment, fragment):
+    config = dataclasses.replace(compose([]), world_size=world)
+    with pytest.raises(ConfigError, match="WORLD_SIZE") as caught:
+        resolve(config, environment)
+    assert fragment in str(caught.value)
+
+
+def test_every_rule_is_collected():
+    rules = {value for name, value in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")}
+    called = {checks.check_ranges, checks.check_choices, checks.check_vocabulary, checks.check_relations}
+    assert rules == {*checks.RELATIONS, *called}
+
+
+def test_the_defaults_lack_nothing():
+    defaults = {key: value for key, _, value in checks.each_setting(RunConfig())}
+    assert all(defaults[key] in works for key, works in checks.NOT_AVAILABLE)
+
+
+def test_choices_and_bounds_are_spelled_as_they_are_read():
+    known = {"min", "above", "below", "choices"}
+    assert all(set(item.metadata) <= known for _, item, _ in checks.each_setting(RunConfig()))
+
+
+def test_every_type_has_words():
+    assert all(describe_type(declared) for declared in setting_types().values())
+    assert describe_type(int | None) == "an integer or null"
+
+
+@given(world=st.integers(1, 64), replicate=st.integers(1, 16), shard=st.sampled_from([-1, 1, 2, 3, 4, 6, 8]))
+def test_the_sizes_that_a_refused_layout_names_are_legal(world, replicate, shard):
+    def problems(world, replicate, shard):
+        layout = dataclasses.replace(BASE.parallel, dp_replicate=replicate, dp_shard=shard)
+        return list(checks.check_world(dataclasses.replace(BASE, world_size=world, parallel=layout)))
+
+    found = problems(world, replicate, shard)
+    legal = world % replicate == 0 if shard == -1 else world == replicate * shard
+    assert bool(found) != legal
+    for hint in "".join(found).split("; ")[1:]:
+        key, _, values = hint.replace(" fits", "").replace(" may be ", "=").partition("=")
+        for value in map(int, values.replace(" or ", ", ").split(", ")):
+            changed = {"world": world, "replicate": replicate, "shard": shard}
+            changed[
+                {"world_size": "world", "parallel.dp_replicate": "replicate", "parallel.dp_shard": "shard"}[key]
+            ] = value
+            assert not problems(**changed)
+
+
+@given(batch=st.integers(1, 200), ranks=st.integers(1, 12), micro=st.none() | st.integers(1, 12))
+def test_the_batches_that_a_refusal_names_are_legal(batch, ranks, micro):
+    def problems(batch, micro):
+        train = dataclasses.replace(BASE.train, global_batch_size=batch, micro_batch_size=micro)
+        layout = dataclasses.replace(BASE.parallel, dp_shard=ranks)
+        return list(checks.check_batch(dataclasses.replace(BASE, train=train, parallel=layout)))
+
+    found = problems(batch, micro)
+    assert bool(found) == (batch % (ranks * (micro or 1)) != 0)
+    for hint in "".join(found).partition("try ")[2].split(", or "):
+        key, _, values = hint.partition("=")
+        for value in map(int, values.split(" or ") if values else []):
+            assert not (problems(value, micro) if key == "train.global_batch_size" else problems(batch, value))
+
+
+BASE = RunConfig()
