@@ -44,3 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

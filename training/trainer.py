@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -35,6 +36,7 @@ from training.train_step import StepResult, TrainStep, batch_to_device, count_to
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 PREEMPTED = 75
+SECONDS_FOR_LAST_WORDS = 1.0
 
 
 def train(config: RunConfig, overrides: list[str]) -> int:
@@ -54,7 +56,10 @@ def train(config: RunConfig, overrides: list[str]) -> int:
             trainer = Trainer(config, process, recorder)
             completed = trainer.run()
         except BaseException as error:
-            if recorder is not None:
+            if recorder is None:
+                # torchrun ends all ranks once one has ended, and rank 0 still has to put down why.
+                time.sleep(SECONDS_FOR_LAST_WORDS)
+            else:
                 with suppress(StorageError):  # the first error tells more
                     recorder.close("failed", trainer.step if trainer else 0, f"{type(error).__name__}: {error}")
             raise

@@ -95,7 +95,7 @@ BAD = [
     ("model.head_dim=15", "model.head_dim=15 is odd", "try 14 or 16"),
     ("model.num_attention_heads=12 model.hidden_size=60", "odd width 5", "try model.num_attention_heads=10 or 15"),
     (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
-    (f"{GPT2} model.vocab_size=300", "less than the 3072 tokens", "null or at least 3072"),
+    (f"{GPT2} model.vocab_size=300", "less than the 1536 tokens", "null or at least 1536"),
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
     # ranks and batches
     ("world_size=6 parallel.dp_replicate=4", "4 must divide 6", "may be 1, 2, 3, 6", "world_size=4 or 8 fits"),

@@ -120,7 +120,7 @@ def test_yaml_says_everything_and_composing_leaves_it_unresolved():
 def test_resolving_fills_in_what_is_derived():
     config = resolve(compose(["parallel.dp_replicate=2", "train.global_batch_size=24"]), {"WORLD_SIZE": "6"})
     assert (config.world_size, config.parallel.dp_shard, config.parallel.dp) == (6, 3, 6)
-    assert (config.model.vocab_size, config.train.micro_batch_size, config.schedule.steps) == (3072, 4, 100)
+    assert (config.model.vocab_size, config.train.micro_batch_size, config.schedule.steps) == (1536, 4, 100)
     assert resolve(config, {"WORLD_SIZE": "6"}) == config
     assert resolve(compose([]), {}).world_size == 1
 

@@ -1,0 +1,87 @@
+"""What only a GPU can tell: the same numbers as the CPU, NCCL, bfloat16, memory, and a step that waits for nothing."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pretrain_gpt
+from core.loss import LinearCrossEntropy
+from tests.pool import run_ranks
+
+pytestmark = pytest.mark.gpu
+SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",
+         "train.micro_batch_size=4", "train.init_device=cpu", "log.sample_ids=true", "optimizer.lr=1e-2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def one_rank(rank, world_size, words, visible):
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return pretrain_gpt.main(words, os.environ)
+
+
+def train(out_dir, name, *words, device="cuda"):
+    words = [*SMALL, f"out_dir={out_dir}", f"name={name}", *words]
+    visible = "0" if device == "cuda" else ""
+    return run_ranks(1, one_rank, words, visible, initialize=False)[0]
+
+
+def numbers(out_dir, name):
+    records = [json.loads(line) for line in (out_dir / name / "metrics.jsonl").read_text().splitlines()]
+    return [[record["loss"], record["grad_norm"]] for record in records if "loss" in record]
+
+
+def test_float64_equals_the_cpu(out_dir):
+    words = ["train.precision=fp64", "train.steps=5"]
+    assert train(out_dir, "on-cpu", *words, device="cpu") == 0
+    assert train(out_dir, "on-gpu", *words) == 0
+    np.testing.assert_allclose(numbers(out_dir, "on-gpu"), numbers(out_dir, "on-cpu"), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2)])
+def test_other_precisions_stay_close_to_the_cpu(out_dir, precision, tolerance):
+    words = ["train.steps=5"]
+    assert train(out_dir, f"exact-{precision}", "train.precision=fp64", *words, device="cpu") == 0
+    assert train(out_dir, precision, f"train.precision={precision}", *words) == 0
+    np.testing.assert_allclose(numbers(out_dir, precision), numbers(out_dir, f"exact-{precision}"), rtol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_resuming_on_a_gpu_loses_nothing(out_dir, precision):
+    words = [f"train.precision={precision}", "train.steps=6"]
+    assert train(out_dir, f"whole-{precision}", *words) == 0
+    assert train(out_dir, f"halves-{precision}", *words, "train.exit_after=3") == 75
+    assert train(out_dir, f"halves-{precision}", *words) == 0
+    np.testing.assert_allclose(
+        numbers(out_dir, f"halves-{precision}"),
+        numbers(out_dir, f"whole-{precision}"),
+        rtol=1e-9 if precision == "fp64" else 1e-2,
+    )
+
+
+def test_the_fused_loss_equals_the_plain_one_and_holds_no_logits():
+    tokens, hidden_size, vocabulary = 4096, 64, 20_000
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, hidden_size, device="cuda", dtype=torch.float64, generator=generator)
+    weight.requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=generator)
+    labels[::5] = -100
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = LinearCrossEntropy()(hidden, weight, labels)
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < tokens * vocabulary * 8 / 2
+    gradients = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    plain = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    plain.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, (hidden.grad, weight.grad), rtol=1e-9, atol=1e-9)
