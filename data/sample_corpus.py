@@ -2,28 +2,20 @@
 
 import ast
 import inspect
-import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataPathError
-from data.files import sha256_of, temporary_directory
+from data.files import temporary_directory
+from data.locations import sample_prefix
+from data.preparation import prepare_documents
+from data.tokenizer import save_tiktoken, train_tokenizer
 
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST_DOCSTRING = 40
 _SEED = 0
-
-
-def sample_prefix(config: DataConfig, out_dir: str) -> str:
-    """Where the corpus lies once prepared: one place for each version of Python and each tokenizer."""
-    tokenizer = config.tokenizer
-    if tokenizer is None:
-        tokenizer = f"bpe{config.corpus_vocab_size}"
-    elif Path(tokenizer).is_file():
-        tokenizer = f"{Path(tokenizer).stem}-{sha256_of(Path(tokenizer))[:12]}"
-    return str(Path(out_dir) / "sample_corpus" / f"python{platform.python_version()}-{tokenizer}" / "sample")
 
 
 def prepare_sample(config: DataConfig, out_dir: str) -> str:
@@ -34,9 +26,6 @@ def prepare_sample(config: DataConfig, out_dir: str) -> str:
     prefix = Path(sample_prefix(config, out_dir))
     if Path(f"{prefix}.idx").exists():
         return str(prefix)
-    from data.preparation import prepare_documents
-    from data.tokenizer import save_tiktoken, train_tokenizer
-
     documents = list(sample_documents())
     if not documents:
         raise DataPathError("this Python carries no documentation to train on; use data.path instead of data=sample")

@@ -9,8 +9,8 @@ from data.config import DataConfig
 from data.errors import CorruptDataError, DataPathError
 from data.gpt_dataset import GPTDataset, split_documents
 from data.indexed_dataset import IndexedDataset
+from data.locations import data_prefix
 from data.metadata import read_metadata
-from data.sample_corpus import sample_prefix
 
 _NAMES = ("train", "validation", "test")
 _FINGERPRINTED = 1 << 20
@@ -35,7 +35,7 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
     A validation or test split without a document of its own, or shorter than one sample, is None; see `absent`. Raises
     DataPathError where the data is missing or too short to train on, CorruptDataError where it is damaged.
     """
-    prefix = config.path if config.path is not None else sample_prefix(config, out_dir)
+    prefix = data_prefix(config, out_dir)
     indexed = IndexedDataset(prefix)
     metadata = read_metadata(prefix)
     if metadata is not None and metadata.tokens != indexed.total_tokens:

@@ -7,8 +7,8 @@ from pathlib import Path
 from data.config import DataConfig
 from data.errors import DataPathError, TokenizerError
 from data.files import require_pair, sha256_of
+from data.locations import sample_prefix
 from data.metadata import Metadata, read_metadata
-from data.sample_corpus import sample_prefix
 
 TIKTOKEN_SUFFIX = ".tiktoken"
 
