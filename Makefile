@@ -10,7 +10,7 @@ RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() 
 
 pretrain: $(VENV)/.run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME)
-	$(BIN)/kilotron generate outputs/$(NAME) --prompt "The following" --max-new-tokens 100
+	$(BIN)/kilotron generate outputs/$(NAME) --prompt "The following" --max-new-tokens 80 --temperature 0.5
 	@echo
 	@echo "What to try next:"
 	@echo "  another text   $(BIN)/kilotron generate outputs/$(NAME) --prompt 'Return the' --temperature 0.7 --seed 1"
