@@ -221,9 +221,7 @@ def test_torchrun_and_the_command_line_end_to_end(out_dir):
     refused = call(*torchrun, "pretrain_gpt.py", *words, "model.num_layers=4")
     assert refused.returncode == 1
     assert refused.stderr.count("model.num_layers: was 3, now 4") == 1
-    generated = call(
-        str(Path(sys.executable).with_name("kilotron")), "generate", str(out_dir / "torchrun"), "--prompt", "Return"
-    )
+    generated = call(sys.executable, "-m", "tools.cli", "generate", str(out_dir / "torchrun"), "--prompt", "Return")
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("Return")
     assert len(generated.stdout) > 50

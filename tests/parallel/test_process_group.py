@@ -1,0 +1,43 @@
+"""What rank 0 decides reaches every rank, errors included; a process alone is a group of one."""
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from parallel.process_group import on_rank_zero, process_group
+from tests.pool import run_ranks
+from training.errors import ConfigError
+
+
+def decided(rank, world_size):
+    return on_rank_zero(lambda: ("rank", dist.get_rank()))
+
+
+def refused(rank, world_size):
+    def refuse():
+        raise ConfigError(f"refused by rank {dist.get_rank()}")
+
+    try:
+        on_rank_zero(refuse)
+    except ConfigError as error:
+        return str(error), error.exit_code
+    return None
+
+
+def test_every_rank_gets_what_rank_zero_found():
+    assert run_ranks(3, decided) == [("rank", 0)] * 3
+
+
+def test_every_rank_raises_what_rank_zero_raised():
+    assert run_ranks(3, refused) == [("refused by rank 0", 78)] * 3
+
+
+def test_a_process_alone_is_a_group_of_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group(timedelta(seconds=10)) as process:
+        assert (process.rank, process.world_size, dist.get_world_size()) == (0, 1, 1)
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="inside"), process_group(timedelta(seconds=10)):
+        raise RuntimeError("inside")
+    assert not dist.is_initialized()

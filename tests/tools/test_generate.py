@@ -1,0 +1,64 @@
+"""`kilotron generate`: repeatable, and a plain word for every wrong use."""
+
+import os
+
+import pytest
+
+import pretrain_gpt
+from tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of one step over bytes."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "text.txt").write_text("\n\n".join(f"document {number} says little" for number in range(60)))
+    prepare = ["prepare", f"{folder}/text.txt", "--document-separator", "\\n\\n", "--tokenizer", "bytes"]
+    assert main([*prepare, "--output", f"{folder}/data"]) == 0
+    words = ["model=tiny", "model.num_layers=2", "model.max_position_embeddings=32", "data=files"]
+    words += [f"data.path={folder}/data", f"out_dir={folder}", "train.steps=1", "name=short"]
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    assert pretrain_gpt.main(words, environment) == 0
+    return folder / "short"
+
+
+def written(capsys, *words):
+    assert main(["generate", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_seed_decides_what_is_written(run_dir, capsys):
+    words = [run_dir, "--prompt", "doc", "--max-new-tokens", "12"]
+    first = written(capsys, *words, "--seed", 1)
+    assert first.startswith("doc")
+    assert first == written(capsys, *words, "--seed", 1) != written(capsys, *words, "--seed", 2)
+    assert written(capsys, *words, "--temperature", 0) == written(capsys, *words, "--top-k", 1, "--seed", 5)
+
+
+def test_it_stops_where_the_positions_end_and_says_so(run_dir, capsys):
+    assert main(["generate", str(run_dir), "--prompt", "x" * 30, "--max-new-tokens", "50"]) == 0
+    assert "room for 2 new tokens" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_starts_a_document(run_dir, capsys):
+    assert written(capsys, run_dir, "--prompt", "", "--max-new-tokens", 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "said"),
+    [
+        (["--prompt", "x" * 40], 78, "40 tokens"),
+        (["--prompt", "x", "--temperature", "-1"], 78, "--temperature"),
+        (["--prompt", "x", "--top-p", "0"], 78, "--top-p"),
+        (["--prompt", "x", "--max-new-tokens", "0"], 78, "--max-new-tokens"),
+        (["--prompt", "x", "--step", "7"], 74, "steps there: 1"),
+    ],
+)
+def test_wrong_uses_are_refused(run_dir, capsys, words, exit_code, said):
+    assert main(["generate", str(run_dir), *words]) == exit_code
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 78
+    assert "holds no checkpoint" in capsys.readouterr().err
