@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?= pretrain
-# One rank a GPU; without GPUs, two ranks on the CPU.
-RANKS = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+# One rank a GPU, as many as divide the batch of 24; without GPUs, two ranks on the CPU.
+RANKS = $(shell $(BIN)/python -c "import torch; print(max(n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n <= (torch.cuda.device_count() or 2)))")
 
 .PHONY: pretrain test lint types benchmark clean
 
@@ -43,4 +43,4 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 clean:
-	rm -rf $(VENV) outputs *.egg-info
+	rm -rf $(VENV) *.egg-info

@@ -29,7 +29,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     require_ranks(config, environment)
 
     # Only now, so that a configuration is refused before torch takes its seconds to load.
-    from training.trainer import train
+    from training.run import train
 
     return train(config, command.overrides)
 
@@ -49,7 +49,12 @@ def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
-    """Raises ConfigError where the configuration asks for more ranks than were started."""
+    """Raises ConfigError where the configuration asks for other ranks than a launcher started."""
+    if int(environment.get("WORLD_SIZE") or 1) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise ConfigError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but not RANK, MASTER_ADDR, MASTER_PORT: start the ranks "
+            f"with torchrun, or unset it"
+        )
     if config.world_size != 1 and not environment.get("WORLD_SIZE"):
         raise ConfigError(
             f"world_size={config.world_size}, but one process was started: use `torchrun --standalone "
@@ -83,8 +88,10 @@ def run() -> int:
     """The process: prints errors that a user can mend as one message, and ends with their exit code."""
     try:
         return main(sys.argv[1:], os.environ)
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
+        exit_code = getattr(error, "exit_code", 74 if isinstance(error, OSError) else None)
         if exit_code is None:
             raise
         say(f"error: {error}".replace("\n", "\n       "), os.environ, sys.stderr)

@@ -26,6 +26,7 @@ class DataParallel:
         """Say what happens in the coming micro-batch; `last` closes the step."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last or self.zero > 1)
+            self.model.set_requires_all_reduce(last)
             self.model.set_reshard_after_backward(last or self.zero > 2)
 
     def reshard(self) -> None:

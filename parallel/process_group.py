@@ -1,7 +1,7 @@
 """Joining and leaving the process group: who this rank is, which device it has, and which backend connects it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +9,6 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 Result = TypeVar("Result")
 
@@ -24,30 +23,41 @@ class ProcessInfo:
 
 
 @contextmanager
-def process_group(timeout: timedelta) -> Iterator[ProcessInfo]:
+def process_group(timeout: timedelta, environment: Mapping[str, str] = os.environ) -> Iterator[ProcessInfo]:
     """Join the group that torchrun describes in the environment, or one of a single process; leave it at the end.
 
-    NCCL connects CUDA tensors and gloo CPU tensors; without CUDA there is gloo alone.
+    NCCL connects CUDA tensors and gloo CPU tensors; without CUDA there is gloo alone. With an empty `environment` the
+    process stays alone wherever it was started.
     """
-    device = _device()
+    device = _device(environment)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    if environment.get("WORLD_SIZE"):
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    alone = dist.get_world_size() == 1
     try:
         yield ProcessInfo(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Leaving a group in which others still wait can wait for them in turn; the end of the process does not.
+        if alone:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
-def _device() -> torch.device:
+def _device(environment: Mapping[str, str]) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error says that another rank left or did not answer, rather than what went wrong here."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def on_rank_zero(action: Callable[[], Result]) -> Result:
@@ -60,7 +70,9 @@ def on_rank_zero(action: Callable[[], Result]) -> Result:
         try:
             outcome = [(action(), None)]
         except Exception as error:
-            outcome = [(None, error)]
+            # Exceptions of others may not survive the journey.
+            travels = hasattr(error, "exit_code") or isinstance(error, OSError)
+            outcome = [(None, error if travels else RuntimeError(f"{type(error).__name__}: {error}"))]
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
     if failure is not None:

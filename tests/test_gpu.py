@@ -1,4 +1,4 @@
-"""What only a GPU can tell: the same numbers as the CPU, NCCL, bfloat16, memory, and a step that waits for nothing."""
+"""What only a GPU can tell: the numbers of the CPU in each precision, resuming, and the memory of the fused loss."""
 
 import json
 import os

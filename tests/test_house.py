@@ -37,11 +37,12 @@ def test_every_file_keeps_the_rules(source):
             assert place != "data", f"data imports {name}"
             assert other == "data" or FLOORS[other] < FLOORS[place], f"{place} imports {name} from above"
         assert name != "pickle"
+        assert not (place == "data" and other == "torch"), "data knows no torch"
         if source.name in ("config.py",):
             assert other not in ("torch", "numpy")
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 65, f"{node.name} is too long"
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
         if isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             plain = isinstance(node.func, ast.Name) or called == "instantiate"

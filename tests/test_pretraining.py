@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from safetensors import safe_open
 
 import pretrain_gpt
+from data.errors import CorruptDataError
+from data.indexed_dataset import IndexedDatasetWriter
 from tests.pool import run_ranks
-from training.errors import ConfigError, NonFiniteError, StorageError
+from training.errors import ConfigError, NonFiniteError, PeerError, RunDirectoryError, StorageError
+from training.run_directory import RunDirectory
 
 SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",
          "log.sample_ids=true", "optimizer.lr=1e-2"]  # fmt: skip
@@ -33,6 +37,13 @@ def train(out_dir, name, ranks, *words):
     codes = run_ranks(ranks, one_rank, [*SMALL, f"out_dir={out_dir}", f"name={name}", *words], initialize=False)
     assert len(set(codes)) == 1
     return codes[0]
+
+
+def command_line(*command):
+    """A command as a user types it in the checkout."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(pretrain_gpt.__file__).parent
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def lines(out_dir, name, file):
@@ -90,6 +101,25 @@ def test_every_layout_feeds_the_same_samples_and_logs_the_same_numbers(out_dir, 
     assert samples(out_dir, name) == reference[1]
 
 
+def evaluations(out_dir, name):
+    records = [json.loads(line) for line in (out_dir / name / "metrics.jsonl").read_text().splitlines()]
+    return [record["eval_loss"] for record in records if "eval_loss" in record]
+
+
+def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir, reference):
+    words = ["train.precision=fp64", "train.steps=5", "train.eval_interval=2", "train.eval_steps=2"]
+    found = []
+    for ranks, layout in [(1, []), *LAYOUTS[1:5], *LAYOUTS[7:]]:
+        name = f"evaluated{len(found)}"
+        assert train(out_dir, name, ranks, *words, *layout) == 0
+        np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=1e-10)
+        found.append(evaluations(out_dir, name))
+    assert len(found[0]) == 3
+    assert found[0][2] < found[0][1] < found[0][0]
+    assert abs(found[0][2] - reference[0][-1][0]) < 0.5, "near the training loss, in nats a token"
+    np.testing.assert_allclose(found, [found[0]] * len(found), rtol=1e-10)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("ranks", "words"), [(1, []), LAYOUTS[3], LAYOUTS[4], LAYOUTS[7]], ids=lambda value: str(value)
@@ -130,7 +160,7 @@ def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):
     assert samples(out_dir, "many") == samples(out_dir, "one")
 
 
-def test_more_steps_continue_a_completed_run_and_the_same_again_does_nothing(out_dir, capfd):
+def test_more_steps_continue_a_completed_run_and_the_same_again_does_nothing(out_dir):
     words = ["schedule=constant", "train.precision=fp64"]
     assert train(out_dir, "longer", 1, *words, "train.steps=2") == 0
     before = (out_dir / "longer" / "metrics.jsonl").read_text()
@@ -190,22 +220,89 @@ def test_weights_of_another_run_can_be_a_start(out_dir):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_diverges_ends_with_70_and_names_step_rank_and_samples(out_dir, ranks):
     name = f"diverged{ranks}"
+    words = ["optimizer.lr=1e38", "optimizer.clip_grad=0", "schedule=constant", "train.log_interval=9"]
     with pytest.raises(NonFiniteError, match=r"step 2: .*rank 0, samples \[dataset, epoch, window\] \[\[0, 0, \d+\]"):
-        train(out_dir, name, ranks, "optimizer.lr=1e38", "train.steps=5", "optimizer.clip_grad=0", "schedule=constant")
-    assert status(out_dir, name)["state"] == "failed"
+        train(out_dir, name, ranks, *words, "train.steps=9")
+    # Step 2 is not a logged one: the host looks at it while step 3 is under way.
+    assert status(out_dir, name) | {"reason": ""} == {"state": "failed", "step": 2, "reason": "", "attempt": 0}
     assert not (out_dir / name / "checkpoints").exists()
+
+
+def spoil(out_dir, name):
+    """Data for a vocabulary of 257 with one token beyond it; returns the samples that hold it."""
+    tokens = np.random.default_rng(0).integers(0, 200, 4801)
+    with IndexedDatasetWriter(out_dir / name, 257) as writer:
+        writer.add_document(tokens)
+    raw = np.memmap(out_dir / f"{name}.bin", dtype=np.uint16, mode="r+")
+    raw[48 * 40 + 5] = 60_000
+    raw.flush()
+
+
+def test_what_goes_wrong_on_one_rank_alone_is_said_by_that_rank(out_dir):
+    spoil(out_dir, "spoiled")
+    words = [f"data.path={out_dir}/spoiled", "data.tokenizer=bytes", "data.split=[1,0,0]", "train.steps=50"]
+    with pytest.raises((CorruptDataError, PeerError)):
+        train(out_dir, "spoiled-run", 2, *words, "train.global_batch_size=2")
+    failed = status(out_dir, "spoiled-run")
+    assert failed["state"] == "failed"
+    assert "60000" in failed["reason"]
+
+
+def test_two_jobs_cannot_own_one_run_directory(out_dir):
+    directory = RunDirectory(out_dir / "contested")
+    directory.own()
+    with pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()} .*name=contested-2"):
+        train(out_dir, "contested", 2, "train.steps=1")
+    directory.release()
+    assert train(out_dir, "contested", 2, "train.steps=1") == 0
+
+
+def test_a_start_over_is_never_silent(out_dir):
+    words = ["train.steps=4", "checkpoint.interval=2", "train.precision=fp64"]
+    assert train(out_dir, "over", 1, *words, "train.exit_after=2") == 75
+    steps = out_dir / "over" / "checkpoints"
+    shutil.rmtree(steps / "step_00000002")
+    with pytest.raises(StorageError, match="are gone"):
+        train(out_dir, "over", 1, *words)
+    shutil.rmtree(steps)
+    again = command_line(sys.executable, "pretrain_gpt.py", *SMALL, *words, f"out_dir={out_dir}", "name=over")
+    assert again.returncode == 0
+    assert "holds no checkpoint: starting from step 0 again" in again.stdout
+
+
+def test_data_may_move_as_long_as_it_is_the_same(out_dir):
+    for name in ("here", "there"):
+        with IndexedDatasetWriter(out_dir / name, 257) as writer:
+            writer.add_document(np.random.default_rng(0).integers(0, 200, 4801))
+    words = ["data.tokenizer=bytes", "data.split=[1,0,0]"]
+    assert train(out_dir, "moved", 1, *words, f"data.path={out_dir}/here", "train.steps=1") == 0
+    assert train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=2") == 0
+    with IndexedDatasetWriter(out_dir / "there", 257) as writer:
+        writer.add_document(np.random.default_rng(1).integers(0, 200, 4801))
+    with pytest.raises(ConfigError, match="data content: was"):
+        train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=3")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminated_run_says_so(out_dir, ranks):
+    name = f"terminated{ranks}"
+    words = [*SMALL, f"out_dir={out_dir}", f"name={name}", "train.steps=100000", "log.sample_ids=false"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [sys.executable] if ranks == 1 else torchrun
+    root = Path(pretrain_gpt.__file__).parent
+    run = subprocess.Popen([*launcher, "pretrain_gpt.py", *words], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert any("step 2/" in line for line in run.stdout)
+    run.terminate()
+    run.communicate(timeout=60)
+    assert status(out_dir, name)["state"] == "failed"
+    assert "143" in status(out_dir, name)["reason"]
 
 
 def test_torchrun_and_the_command_line_end_to_end(out_dir):
     """What no test above goes through: torchrun itself, stdout of rank 0 alone, and exit codes of the process."""
     words = [*SMALL, f"out_dir={out_dir}", "train.steps=4", "train.eval_interval=2", "name=torchrun"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(pretrain_gpt.__file__).parent
-
-    def call(*command):
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-
+    call = command_line
     preempted = call(*torchrun, "pretrain_gpt.py", *words, "train.exit_after=2")
     assert preempted.returncode == 0, preempted.stderr
     assert status(out_dir, "torchrun")["state"] == "preempted"

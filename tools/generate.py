@@ -28,13 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation. Raises ConfigError, StorageError or TokenizerError."""
     from data.tokenizer import load_tokenizer
-    from data.vocabulary import find_tokenizer, find_vocabulary
+    from data.vocabulary import find_tokenizer
     from models.generation import Sampling, generate
     from training.errors import ConfigError
+    from training.run_directory import KEPT_TOKENIZER
 
     _check(arguments)
     config, model, origin = load_model(arguments.run_dir, arguments.step)
-    tokenizer = load_tokenizer(find_tokenizer(config.data, config.out_dir))
+    kept = arguments.run_dir / KEPT_TOKENIZER
+    tokenizer = load_tokenizer(str(kept) if kept.exists() else find_tokenizer(config.data, config.out_dir))
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_document]
     room = config.model.max_position_embeddings - len(prompt)
     if room < 1:
@@ -45,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if new_tokens < arguments.max_new_tokens:
         print(f"the model's positions leave room for {new_tokens} new tokens", file=sys.stderr)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    end = find_vocabulary(config.data, config.out_dir).end_of_document
-    tokens = list(generate(model, prompt, new_tokens, sampling, end))
+    tokens = list(generate(model, prompt, new_tokens, sampling, tokenizer.end_of_document))
     print(f"--- {origin}, {len(tokens)} new tokens ---", file=sys.stderr, flush=True)
     print(arguments.prompt + tokenizer.decode(tokens))
     return 0
@@ -65,7 +66,8 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     from training.errors import ConfigError
     from training.run_directory import restore_config
 
-    with process_group(timedelta(minutes=1)) as process:
+    # An empty environment: whatever launcher started this, it stays alone.
+    with process_group(timedelta(minutes=1), {}) as process:
         chosen = choose_checkpoint(run_dir, step, "auto")
         if chosen is None:
             raise ConfigError(f"{run_dir} holds no checkpoint; name the directory of a run, such as outputs/pretrain")
@@ -80,19 +82,12 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
 def _check(arguments: argparse.Namespace) -> None:
     from training.errors import ConfigError
 
-    for option, legal in (
-        ("temperature", arguments.temperature >= 0),
-        ("max_new_tokens", arguments.max_new_tokens > 0),
-        ("top_k", arguments.top_k >= 0),
-        ("top_p", 0 < arguments.top_p <= 1),
+    for name, legal, limits in (
+        ("temperature", arguments.temperature >= 0, "0 or more"),
+        ("max-new-tokens", arguments.max_new_tokens > 0, "1 or more"),
+        ("top-k", arguments.top_k >= 0, "0 or more"),
+        ("top-p", 0 < arguments.top_p <= 1, "above 0, at most 1"),
+        ("step", arguments.step == "auto" or arguments.step.isdecimal(), "auto or the number of a step"),
     ):
         if not legal:
-            name = option.replace("_", "-")
-            limits = (
-                "above 0, at most 1"
-                if option == "top_p"
-                else "0 or more"
-                if option != "max_new_tokens"
-                else "1 or more"
-            )
-            raise ConfigError(f"--{name}={getattr(arguments, option)} must be {limits}")
+            raise ConfigError(f"--{name}={getattr(arguments, name.replace('-', '_'))} must be {limits}")

@@ -240,6 +240,10 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
             else "it is a directory like RUN_DIR/checkpoints/step_00000100"
         )
         yield f"checkpoint.load={load}: there is no such directory; {advice}"
+    elif load is not None and not (Path(load) / "manifest.json").is_file():
+        steps = sorted(Path(load).glob("**/step_*[0-9]"))
+        advice = f"try {steps[-1]}" if steps else "it is a directory like RUN_DIR/checkpoints/step_00000100"
+        yield f"checkpoint.load={load} is no checkpoint; {advice}"
 
 
 def _folders(parent: Path) -> list[str]:
@@ -252,6 +256,10 @@ def check_name(config: RunConfig) -> Iterator[str]:
     if not name.strip() or name in (".", "..") or "/" in name or "\0" in name:
         plain = name.replace("/", "-").strip("-. ") or "run"
         yield f"name={name!r}: must be the name of one directory inside out_dir={config.out_dir}; try name={plain}"
+    if name == "sample_corpus":
+        yield "name=sample_corpus: the prepared sample corpus lies there; try name=sample_run"
+    if not config.out_dir.strip():
+        yield "out_dir is empty; try out_dir=outputs, or out_dir=. for the current directory"
 
 
 RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (

@@ -36,7 +36,7 @@ class ScheduleConfig:
     warmup_steps: int = field(default=0, metadata={"min": 0})
     """Steps of linear warm-up from zero."""
     steps: int | None = field(default=None, metadata={"min": 1})
-    """Step at which the minimum is reached; null: train.steps."""
+    """Steps after which the minimum is reached; null: train.steps."""
     min_lr: float = field(default=0.0, metadata={"min": 0.0})
     """Learning rate at the end of the decay."""
     decay_steps: int | None = field(default=None, metadata={"min": 1})
@@ -75,7 +75,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When state is saved and what a start takes up."""
 
-    interval: int = field(default=0, metadata={"min": 0})
+    interval: int = field(default=500, metadata={"min": 0})
     """Steps between checkpoints; 0: only the last step. The last step is always saved."""
     keep: int = field(default=2, metadata={"min": 1})
     """Newest checkpoints that stay on disk."""
@@ -145,7 +145,7 @@ class RunConfig:
 
     @property
     def schedule_steps(self) -> int:
-        """Step at which the schedule reaches its minimum."""
+        """Steps after which the schedule reaches its minimum."""
         return self.train.steps if self.schedule.steps is None else self.schedule.steps
 
     @property

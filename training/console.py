@@ -1,5 +1,6 @@
 """What a person watching a run sees: a summary at the start, a line a logged step, a progress bar on a terminal."""
 
+import contextlib
 import math
 import statistics
 import sys
@@ -66,9 +67,10 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line; where nobody reads any more (`| head`), the run goes on without."""
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(text, file=self._stream, flush=True)
         else:
             self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 

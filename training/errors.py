@@ -22,6 +22,12 @@ class NonFiniteError(RunError):
     exit_code = 70
 
 
+class PeerError(RunError):
+    """Another rank left or did not answer."""
+
+    exit_code = 76
+
+
 class RunDirectoryError(RunError):
     """The run directory belongs to another job."""
 

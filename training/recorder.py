@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 from training.config import RunConfig
 from training.console import Console
@@ -19,16 +18,16 @@ from training.wandb_log import WandbLog
 class Recorder:
     """Writes into the run directory and onto the console what the trainer reports."""
 
-    def __init__(self, config: RunConfig, overrides: list[str]) -> None:
-        """Creates the run directory's files and marks the run as running. Raises StorageError."""
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        """Marks the run as running in its directory, which this process owns. Raises StorageError."""
         self.config = config
-        self.directory = RunDirectory(Path(config.run_dir))
-        self.directory.create(config, overrides)
-        self.metrics = MetricsLog(self.directory.path, self.directory.attempt)
+        self.directory = directory
+        self.running(directory.previous.step if directory.previous else 0)
+        self.metrics = MetricsLog(directory.path, directory.attempt)
         self.console = Console(config.train.steps, interactive=sys.stdout.isatty())
         log = config.log
         self.wandb = WandbLog(
-            log.wandb, log.wandb_project, self.directory.path, config.name, asdict(config), self.console.note
+            log.wandb, log.wandb_project, directory.path, config.name, asdict(config), self.console.note
         )
 
     def running(self, step: int) -> None:
@@ -52,7 +51,7 @@ class Recorder:
         """Record what a step was fed."""
         self.metrics.log_samples(step, fed.ids, fed.crc)
 
-    def summarise(self, unigram_entropy: Callable[[], float]) -> None:
+    def summarise(self, unigram_entropy: Callable[[], float] | None) -> None:
         """Say how far the run came, against what knowing nothing and knowing only word frequencies give."""
         records = read_metrics(self.directory.path / "metrics.jsonl")
         losses = [record["loss"] for record in records if "loss" in record]
@@ -63,22 +62,35 @@ class Recorder:
             self.console.note(
                 f"first loss {losses[0]:.3f}, where guessing blindly gives ln(vocabulary) = {uniform:.3f}"
             )
-        if evaluations:
+        if evaluations and unigram_entropy is not None:
             entropy = unigram_entropy()
             references["unigram entropy"] = entropy
             self.console.note(
                 f"validation loss {evaluations[-1]:.3f}, {entropy - evaluations[-1]:.3f} nats below the unigram "
                 f"entropy of the validation tokens = {entropy:.3f}"
             )
-        picture = plot_loss(self.directory.path, references)
-        if picture is not None:
-            self.console.note(f"loss curve: {picture}")
+        self._plot(references)
 
-    def close(self, state: State, step: int, reason: str) -> None:
-        """Write the final status and close what is open."""
+    def close(self, state: State, step: int | None, reason: str) -> None:
+        """Write the final status and close what is open; `step` None: where the run stood before this start."""
+        if step is None:
+            step = self.directory.previous.step if self.directory.previous else 0
         with ExitStack() as stack:
             # Whatever fails here, a full disk say, the others are closed all the same.
+            stack.callback(self.directory.release)
             stack.callback(self.wandb.close, exit_code=1 if state == "failed" else 0)
             stack.callback(self.metrics.close)
             stack.callback(self.directory.write_status, state, step, reason)
             stack.callback(self.console.close)
+            if state != "completed":
+                self._plot({})
+
+    def _plot(self, references: dict[str, float]) -> None:
+        """Draw the loss curve; a picture is never worth a run."""
+        try:
+            picture = plot_loss(self.directory.path, references)
+        except Exception as error:
+            self.console.note(f"no loss curve: {type(error).__name__}: {error}")
+        else:
+            if picture is not None:
+                self.console.note(f"loss curve: {picture}")

@@ -1,21 +1,28 @@
 """The directory of a run: its configuration, the environment of its last start, and how it stands."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import IO, Any, Literal, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
 from training.config import RunConfig
-from training.errors import ConfigError, StorageError
+from training.errors import ConfigError, RunDirectoryError, StorageError
+
+KEPT_TOKENIZER = "tokenizer.tiktoken"
+"""Copy of the data's `.tiktoken` file in the run directory, so that the run can be moved and read anywhere."""
 
 State = Literal["running", "completed", "preempted", "failed"]
 Config = TypeVar("Config")
@@ -40,14 +47,15 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Writes nothing. Raises StorageError where an earlier start's status.json cannot be read."""
         self.path = path
-        previous = self.read_status()
-        self.attempt = 0 if previous is None else previous.attempt + 1
+        self.previous = self.read_status()
+        self.attempt = 0 if self.previous is None else self.previous.attempt + 1
+        self._lock: IO[str] | None = None
 
-    def create(self, config: RunConfig, overrides: list[str]) -> None:
-        """Makes the directory and records what is started: config.yaml, overrides.txt and environment.json.
+    def own(self) -> None:
+        """Makes the directory and owns it until `release` or the end of the process.
 
-        An earlier start's record is replaced: its checkpoints carry their own. Raises ConfigError where a file
-        stands in the way and StorageError where the directory cannot be written.
+        Raises RunDirectoryError where a living process owns it, ConfigError where a file stands in the way, and
+        StorageError where the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -60,9 +68,40 @@ class RunDirectory:
             raise StorageError(
                 f"cannot make run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
             ) from error
+        path = self.path / ".lock"
+        try:
+            self._lock = path.open("a+", encoding="utf-8")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"{self.path} is in use by {path.read_text(encoding='utf-8').strip()}; end that run or choose another "
+                f"name, such as name={self.path.name}-2"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
+                raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        if self._lock is not None:
+            self._lock.truncate(0)
+            now = datetime.now().isoformat(sep=" ", timespec="seconds")
+            print(f"process {os.getpid()} on {socket.gethostname()} since {now}", file=self._lock, flush=True)
+
+    def release(self) -> None:
+        """Lets others have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def record_start(self, config: RunConfig, overrides: list[str]) -> None:
+        """Records what is started: config.yaml, overrides.txt and environment.json. Raises StorageError.
+
+        An earlier start's record is replaced: its checkpoints carry their own.
+        """
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
         write_atomically(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides).encode())
         write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
+
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Copies the data's tokenizer file here. Raises StorageError."""
+        write_atomically(self.path / KEPT_TOKENIZER, tokenizer.read_bytes())
 
     def saved_config(self) -> dict[str, Any] | None:
         """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
@@ -85,17 +124,28 @@ class RunDirectory:
         """Replaces status.json. Raises StorageError."""
         write_atomically(self.path / "status.json", _json(asdict(Status(state, step, reason, self.attempt))))
 
+    def write_rank_failure(self, rank: int, error: BaseException) -> None:
+        """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort."""
+        with contextlib.suppress(OSError, StorageError):
+            logs = self.path / "logs"
+            logs.mkdir(exist_ok=True)
+            (logs / f"rank_{rank:05d}.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            step, attempt = (self.previous.step, self.previous.attempt) if self.previous else (0, 0)
+            status = Status("failed", step, f"rank {rank}: {type(error).__name__}: {error}", attempt)
+            write_atomically(self.path / "status.json", _json(asdict(status)))
+
     def read_status(self) -> Status | None:
         """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
         path = self.path / "status.json"
         try:
-            return Status(**json.loads(path.read_bytes()))
+            values = json.loads(path.read_bytes())
+            return Status(**{part.name: values[part.name] for part in fields(Status)})
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, TypeError) as error:
-            raise StorageError(f"{path} is not a status: {error}; remove it to go on from the checkpoints") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{path} is not a status: {error!r}; remove it to go on from the checkpoints") from error
 
 
 def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

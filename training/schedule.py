@@ -40,13 +40,13 @@ SHAPES: dict[str, Callable[[int, Decay], float]] = {
 def learning_rate(config: RunConfig, step: int) -> float:
     """The learning rate of optimizer step `step` (the first is 1).
 
-    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the shape then takes it to `min_lr` at
-    `schedule_steps`, where it stays.
+    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the step after it has the peak once more, and the
+    shape takes the rate to `min_lr` for the steps after `schedule_steps`, so that no step is wasted on a rate of zero.
     """
     schedule, peak = config.schedule, config.optimizer.lr
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     total = config.schedule_steps
     decay = Decay(steps=total - schedule.warmup_steps, decay_steps=config.decay_steps)
-    share = SHAPES[schedule.name](step - schedule.warmup_steps, decay)
+    share = SHAPES[schedule.name](max(0, step - 1 - schedule.warmup_steps), decay)
     return schedule.min_lr + (peak - schedule.min_lr) * share

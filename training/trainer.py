@@ -1,11 +1,7 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
-import os
-import time
-from contextlib import suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +12,24 @@ from data.batches import BatchReader
 from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
+from data.vocabulary import TIKTOKEN_SUFFIX, find_tokenizer
 from models.gpt import build_meta_model
 from parallel.data_parallel import shard_data_parallel
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
-from parallel.process_group import ProcessInfo, on_rank_zero, process_group
+from parallel.process_group import ProcessInfo, on_rank_zero
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
 from training.config import RunConfig
-from training.errors import ConfigError, NonFiniteError, StorageError
+from training.errors import ConfigError, NonFiniteError
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
 from training.precision import choose_precision
 from training.recorder import Recorder
-from training.run_directory import RunDirectory, difference
+from training.run_directory import difference
 from training.samples import describe_non_finite, gather_samples
 from training.schedule import learning_rate
 from training.timing import StepTimer, peak_memory_gb
 from training.train_step import StepResult, TrainStep, batch_to_device, count_tokens
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-PREEMPTED = 75
-SECONDS_FOR_LAST_WORDS = 1.0
-
-
-def train(config: RunConfig, overrides: list[str]) -> int:
-    """Run a resolved configuration to its end on the ranks that torchrun started; returns the exit code.
-
-    Raises errors that carry an `exit_code` of the contract, the same on every rank.
-    """
-    with process_group(COLLECTIVE_TIMEOUT) as process:
-        standing = on_rank_zero(lambda: check_run_directory(config))
-        if standing is not None:
-            if process.rank == 0:
-                print(standing)
-            return 0
-        recorder = Recorder(config, overrides) if process.rank == 0 else None
-        trainer = None
-        try:
-            trainer = Trainer(config, process, recorder)
-            completed = trainer.run()
-        except BaseException as error:
-            if recorder is None:
-                # torchrun ends all ranks once one has ended, and rank 0 still has to put down why.
-                time.sleep(SECONDS_FOR_LAST_WORDS)
-            else:
-                with suppress(StorageError):  # the first error tells more
-                    recorder.close("failed", trainer.step if trainer else 0, f"{type(error).__name__}: {error}")
-            raise
-        if recorder is not None:
-            reason = f"reached train.steps={config.train.steps}" if completed else "train.exit_after"
-            recorder.close("completed" if completed else "preempted", trainer.step, reason)
-        # torchrun takes every other code for a failure, and restarts.
-        return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
-
-
-def check_run_directory(config: RunConfig) -> str | None:
-    """What to say where the run directory holds this very run, completed; None where there is something to do.
-
-    Raises ConfigError where it holds another run, or this one and `checkpoint.resume=never`.
-    """
-    directory = RunDirectory(Path(config.run_dir))
-    saved, status = directory.saved_config(), directory.read_status()
-    metrics = directory.path / "metrics.jsonl"
-    holds_run = (directory.path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
-    if not holds_run:
-        return None
-    differences = [] if saved is None else difference(saved, asdict(config))
-    if differences:
-        raise ConfigError(
-            f"{directory.path} holds another run; choose another name, such as name={config.name}-2, or remove it\n  "
-            + "\n  ".join(differences)
-        )
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"checkpoint.resume=never, but {directory.path} holds a run already and the two would mix; choose another "
-            f"name, such as name={config.name}-2, or remove it"
-        )
-    if status is not None and status.state == "completed" and status.step >= config.train.steps:
-        return f"{directory.path}: completed at step {status.step}; raise train.steps to continue, or choose a new name"
-    return None
 
 
 class Trainer:
@@ -104,6 +39,7 @@ class Trainer:
         """Collective. Builds or restores everything; `recorder` is there on rank 0 alone."""
         self.config, self.device, self.recorder = config, process.device, recorder
         self.step = 0
+        self.saved_step = 0
         self.consumed_samples = 0
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
@@ -153,18 +89,29 @@ class Trainer:
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps
-        if self.step > first_step:
+        if self.step > first_step and self.saved_step != self.step:
             self._save()
         validation = self.splits.validation
-        if completed and self.recorder and validation:
-            self.recorder.summarise(lambda: unigram_entropy(validation, self.config.model.vocabulary))
+        if completed and self.recorder:
+            vocabulary = self.config.model.vocabulary
+            self.recorder.summarise((lambda: unigram_entropy(validation, vocabulary)) if validation else None)
         return completed
 
     def _open_data(self) -> Splits:
         config = self.config
         if config.data.path is None:
             on_rank_zero(lambda: prepare_sample(config.data, config.out_dir))
-        splits = open_splits(config.data, config.out_dir, config.seed, config.seq_length, config.model.vocabulary)
+
+        def open_all() -> Splits:
+            return open_splits(config.data, config.out_dir, config.seed, config.seq_length, config.model.vocabulary)
+
+        # Rank 0 first: what is wrong with the data is then said once, by all ranks alike.
+        on_rank_zero(lambda: open_all() and None)
+        splits = open_all()
+        if self.recorder:
+            tokenizer = find_tokenizer(config.data, config.out_dir)
+            if tokenizer.endswith(TIKTOKEN_SUFFIX):
+                self.recorder.directory.keep_tokenizer(Path(tokenizer))
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
@@ -181,34 +128,49 @@ class Trainer:
 
     def _restore_or_initialize(self) -> None:
         """Give the model and optimizer their values: of the run's checkpoint, of `checkpoint.load`, or initial ones."""
-        config = self.config
-        model = self.data_parallel.model
+        config, model = self.config, self.data_parallel.model
         run_dir, resume = Path(config.run_dir), config.checkpoint.resume
         chosen = None if resume == "never" else choose_checkpoint(run_dir, resume, config.checkpoint.verify)
         if chosen is not None:
             model.to_empty(device=self.device)
         else:
-            init_device = torch.device(config.train.init_device or self.device.type)
-            materialize(model, config.seed, self.device, init_device)
+            materialize(model, config.seed, self.device, self._init_device())
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_optimizer(model, config.optimizer)
         if chosen is not None:
             path, manifest = chosen
             self._check_same_run(path, manifest.state)
             load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer))
-            self.step, self.consumed_samples = manifest.step, manifest.state["consumed_samples"]
+            self.step = self.saved_step = manifest.step
+            self.consumed_samples = manifest.state["consumed_samples"]
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
-            path = Path(config.checkpoint.load)
-            manifest = on_rank_zero(lambda: read_manifest(path))
-            on_rank_zero(lambda: verify(path, manifest, config.checkpoint.verify))
-            weights = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-            load_checkpoint(path, manifest, weights)
-            self._note(f"weights from {path}")
+            self._load_weights(Path(config.checkpoint.load))
+        if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
+            self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
+
+    def _load_weights(self, path: Path) -> None:
+        """Take the weights of another run's checkpoint. Raises ConfigError where they are of another model."""
+        manifest = on_rank_zero(lambda: read_manifest(path))
+        on_rank_zero(lambda: verify(path, manifest, self.config.checkpoint.verify))
+        differences = difference(manifest.state["config"], asdict(self.config))
+        of_model = [line for line in differences if line.startswith("model.")]
+        if of_model:
+            raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
+        weights = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        load_checkpoint(path, manifest, weights)
+        self._note(f"weights from {path}")
+
+    def _init_device(self) -> torch.device:
+        kind = self.config.train.init_device or self.device.type
+        if kind == "cuda" and self.device.type != "cuda":
+            raise ConfigError("train.init_device=cuda, but there is no CUDA device; use train.init_device=cpu or null")
+        return torch.device(kind)
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         """Raise ConfigError where a checkpoint is of another model or other data."""
         differences = difference(state["config"], asdict(self.config))
+        differences = [line for line in differences if not line.startswith("data.path:")]
         current = self.splits.fingerprint
         differences += [
             f"data {key}: was {value}, now {current.get(key)}"
@@ -231,6 +193,7 @@ class Trainer:
         }
         tensors = training_tensors(self.parameters, self.optimizer)
         save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
+        self.saved_step = self.step
         if self.recorder:
             self.recorder.running(self.step)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.config import ModelConfig
 from data.batches import MicroBatch
@@ -148,3 +149,50 @@ def test_initial_weights_are_bit_identical_in_every_layout(dp_replicate, dp_shar
     for weights in run_ranks(dp_replicate * dp_shard, initial_weights, dp_replicate, dp_shard):
         for name, parameter in expected.named_parameters():
             assert torch.equal(weights[name], parameter), name
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collective operations by kind."""
+
+    KINDS = ("allgather", "reduce_scatter", "allreduce")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = dict.fromkeys(self.KINDS, 0)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d":
+            kind = next(kind for kind in self.KINDS if kind in str(function))
+            self.counts[kind] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def collectives(rank, world_size, dp_replicate, dp_shard, zero, micro_batches):
+    """Gathers, reduce-scatters and all-reduces of one step, and whether an evaluation leaves shards behind."""
+    mesh = ParallelMesh(ParallelConfig(dp_replicate=dp_replicate, dp_shard=dp_shard), "cpu")
+    model = build_meta_model(MODELS["llama"], torch.float32)
+    data_parallel = shard_data_parallel(model, model.sharding_units(), mesh, zero, torch.float32)
+    materialize(model, SEED, torch.device("cpu"))
+    step = TrainStep(data_parallel, build_optimizer(model, OPTIMIZER), mesh, 1.0, torch.device("cpu"))
+    input_ids, labels = ragged_batch(0)
+    batches = [MicroBatch(input_ids[:2], labels[:2], [])] * micro_batches
+    with torch.no_grad():
+        model(torch.from_numpy(input_ids[:2]), torch.from_numpy(labels[:2]))
+    data_parallel.reshard()
+    sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    with Collectives() as counter:
+        step._forward_backward(batches)
+    return list(counter.counts.values()), sharded
+
+
+@pytest.mark.parametrize(("dp_replicate", "dp_shard"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_says_how_often_weights_are_gathered_and_gradients_reduced(zero, dp_replicate, dp_shard):
+    micro_batches = 3
+    units = MODELS["llama"].num_layers + 2  # layers, embedding, and the rest, which stays gathered until its backward
+    gathers = {1: units, 2: units, 3: micro_batches * (2 * units - 1)}[zero]
+    scatters = {1: units, 2: micro_batches * units, 3: micro_batches * units}[zero]
+    reduces = 1 + (units if dp_replicate > 1 else 0)  # the count of tokens, and replicas once a step
+    for found, sharded in run_ranks(dp_replicate * dp_shard, collectives, dp_replicate, dp_shard, zero, micro_batches):
+        assert found == [gathers, scatters, reduces]
+        assert sharded

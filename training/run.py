@@ -1,0 +1,136 @@
+"""A run from its start to its end: who owns its directory, what it may continue, and how its end is put down."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+from parallel.process_group import ProcessInfo, is_peer_failure, on_rank_zero, process_group
+from training.config import RunConfig
+from training.errors import ConfigError, PeerError, RunError, StorageError
+from training.recorder import Recorder
+from training.run_directory import RunDirectory, difference
+from training.trainer import Trainer
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+PREEMPTED = 75
+SECONDS_FOR_LAST_WORDS = 1.0
+
+
+def train(config: RunConfig, overrides: list[str]) -> int:
+    """Run a resolved configuration to its end on the ranks that torchrun started; returns the exit code.
+
+    Raises errors that carry an `exit_code` of the contract. A RunError is the same on every rank, but for PeerError,
+    which the other ranks raise when one fails on its own.
+    """
+    recorder: Recorder | None = None
+
+    def begin() -> str | None:
+        nonlocal recorder
+        directory = RunDirectory(Path(config.run_dir))
+        directory.own()
+        standing = check_run_directory(directory, config)
+        if standing is None:
+            directory.record_start(config, overrides)
+            recorder = Recorder(config, directory)
+        return standing
+
+    with terminable(), process_group(COLLECTIVE_TIMEOUT) as process:
+        standing = on_rank_zero(begin)
+        if standing is not None:
+            if process.rank == 0:
+                print(standing)
+            return 0
+        trainer = None
+        try:
+            trainer = Trainer(config, process, recorder)
+            completed = trainer.run()
+        except BaseException as error:
+            failure = _as_peer_error(error)
+            _put_down(failure, config, process, recorder, trainer.step if trainer else None)
+            if failure is error:
+                raise
+            raise failure from error
+        if recorder is not None:
+            reason = f"reached train.steps={config.train.steps}" if completed else "train.exit_after"
+            recorder.close("completed" if completed else "preempted", trainer.step, reason)
+        # torchrun takes every other code for a failure, and restarts.
+        return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a run that is ended can still put down how it stands."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_peer_error(error: BaseException) -> BaseException:
+    if not is_peer_failure(error):
+        return error
+    first_line = (str(error).splitlines() or [""])[0]
+    return PeerError(f"another rank left or did not answer; its own message, or logs/, says why ({first_line})")
+
+
+def _put_down(
+    error: BaseException, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
+) -> None:
+    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
+    if recorder is not None:
+        reason = f"{type(error).__name__}: {error}"
+        status = recorder.directory.read_status()
+        if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
+            reason = status.reason  # the rank that failed on its own knows better
+        with suppress(StorageError):  # the first error tells more
+            recorder.close("failed", step, reason)
+    elif isinstance(error, RunError):
+        # torchrun ends all ranks once one has ended, and rank 0 still has to put down why.
+        time.sleep(SECONDS_FOR_LAST_WORDS)
+    elif isinstance(error, Exception):
+        print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+
+
+def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | None:
+    """What to say where the run directory holds this very run, completed; None where there is something to do.
+
+    Raises ConfigError where it holds another run, or this one and `checkpoint.resume=never`; StorageError where its
+    checkpoints are gone.
+    """
+    saved, status = directory.saved_config(), directory.previous
+    checkpoints, metrics = directory.path / "checkpoints", directory.path / "metrics.jsonl"
+    if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size > 0):
+        return None
+    differences = [] if saved is None else difference(saved, asdict(config))
+    if checkpoints.exists():
+        # A checkpoint knows its data by content, wherever that lies.
+        differences = [line for line in differences if not line.startswith("data.path:")]
+    if differences:
+        raise ConfigError(
+            f"{directory.path} holds another run; choose another name, such as name={config.name}-2, or remove it\n  "
+            + "\n  ".join(differences)
+        )
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume=never, but {directory.path} holds a run already and the two would mix; choose another "
+            f"name, such as name={config.name}-2, or remove it"
+        )
+    if (checkpoints / "latest").exists() and not any(checkpoints.glob("step_*")):
+        raise StorageError(f"the checkpoints of {directory.path} are gone; restore them or choose another name")
+    resuming = config.checkpoint.resume == "auto"
+    if resuming and status is not None and status.state == "completed" and status.step >= config.train.steps:
+        return f"{directory.path}: completed at step {status.step}; raise train.steps to continue, or choose a new name"
+    return None
