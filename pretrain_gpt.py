@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 from training.compose import compose, compose_sweep, resolve, to_yaml
 from training.config import RunConfig
@@ -85,18 +87,30 @@ def say(text: str, environment: Mapping[str, str], file: TextIO | None = None) -
 
 
 def run() -> int:
-    """The process: prints errors that a user can mend as one message, and ends with their exit code."""
+    """The process: prints what ends it, errors that a user can mend as one message; returns the exit code."""
     try:
         return main(sys.argv[1:], os.environ)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except SystemExit as request:
+        return int(request.code or 0)
+    except BaseException as error:
         exit_code = getattr(error, "exit_code", 74 if isinstance(error, OSError) else None)
         if exit_code is None:
-            raise
+            traceback.print_exc()
+            return 1
         say(f"error: {error}".replace("\n", "\n       "), os.environ, sys.stderr)
         return int(exit_code)
 
 
+def end(exit_code: int) -> NoReturn:
+    """Ends the process without taking the interpreter down: threads of gloo that still want it would abort, and
+    connections to ranks that have failed would be waited for."""
+    with suppress(OSError):  # whoever read our output has left
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    end(run())

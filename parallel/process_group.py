@@ -40,7 +40,7 @@ def process_group(timeout: timedelta, environment: Mapping[str, str] = os.enviro
     try:
         yield ProcessInfo(dist.get_rank(), dist.get_world_size(), device)
     except BaseException:
-        # Leaving a group in which others still wait can wait for them in turn; the end of the process does not.
+        # Leaving a group in which others still wait can wait for them in turn.
         if alone:
             dist.destroy_process_group()
         raise
@@ -55,26 +55,35 @@ def _device(environment: Mapping[str, str]) -> torch.device:
     return device
 
 
+class RankZeroError(RuntimeError):
+    """Rank 0 failed, in a way that is its own to tell, at what it did for all ranks."""
+
+
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says that another rank left or did not answer, rather than what went wrong here."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether an error says that another rank failed, left or did not answer, rather than what went wrong here."""
+    if isinstance(error, dist.DistError | RankZeroError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Let rank 0 alone act, and give every rank its result, or its error, so that all ranks go the same way.
 
-    A collective call; the result travels, so it should be small.
+    A collective call; the result travels, so it should be small. An error with an `exit_code` is raised alike on every
+    rank; any other on rank 0 alone, and RankZeroError on the rest.
     """
     outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    own_failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome = [(action(), None)]
         except Exception as error:
-            # Exceptions of others may not survive the journey.
-            travels = hasattr(error, "exit_code") or isinstance(error, OSError)
-            outcome = [(None, error if travels else RuntimeError(f"{type(error).__name__}: {error}"))]
+            own_failure = error
+            # Exceptions of libraries may not survive the journey.
+            travels = hasattr(error, "exit_code")
+            outcome = [(None, error if travels else RankZeroError(f"{type(error).__name__}: {error}"))]
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
     if failure is not None:
-        raise failure
+        raise own_failure or failure
     return cast(Result, result)

@@ -127,8 +127,10 @@ def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir,
 def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision):
     name = f"{precision}-layout{LAYOUTS.index((ranks, words)) if words else ''}"
     assert train(out_dir, name, ranks, f"train.precision={precision}", "train.steps=5", *words) == 0
-    tolerance = {"fp32": 1e-4, "bf16": 5e-2}[precision]
-    np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=tolerance)
+    tolerance = {"fp32": 1e-4, "bf16": 2e-2}[precision]
+    found, exact = np.array(numbers(out_dir, name)), np.array(reference[0])
+    np.testing.assert_allclose(found[:, 0], exact[:, 0], rtol=tolerance)
+    np.testing.assert_allclose(found[0], exact[0], rtol=tolerance)  # later gradients also carry where weights went
     assert samples(out_dir, name) == reference[1]
 
 

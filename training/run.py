@@ -42,13 +42,13 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         return standing
 
     with terminable(), process_group(COLLECTIVE_TIMEOUT) as process:
-        standing = on_rank_zero(begin)
-        if standing is not None:
-            if process.rank == 0:
-                print(standing)
-            return 0
         trainer = None
         try:
+            standing = on_rank_zero(begin)
+            if standing is not None:
+                if process.rank == 0:
+                    print(standing)
+                return 0
             trainer = Trainer(config, process, recorder)
             completed = trainer.run()
         except BaseException as error:
@@ -90,12 +90,14 @@ def _put_down(
 ) -> None:
     """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
     if recorder is not None:
-        reason = f"{type(error).__name__}: {error}"
-        status = recorder.directory.read_status()
-        if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
-            reason = status.reason  # the rank that failed on its own knows better
         with suppress(StorageError):  # the first error tells more
+            reason = f"{type(error).__name__}: {error}"
+            status = recorder.directory.read_status()
+            if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
+                reason = status.reason  # the rank that failed on its own knows better
             recorder.close("failed", step, reason)
+    elif process.rank == 0:
+        return  # nothing is owned yet, and what is wrong is about to be printed
     elif isinstance(error, RunError):
         # torchrun ends all ranks once one has ended, and rank 0 still has to put down why.
         time.sleep(SECONDS_FOR_LAST_WORDS)

@@ -40,8 +40,8 @@ SHAPES: dict[str, Callable[[int, Decay], float]] = {
 def learning_rate(config: RunConfig, step: int) -> float:
     """The learning rate of optimizer step `step` (the first is 1).
 
-    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the step after it has the peak once more, and the
-    shape takes the rate to `min_lr` for the steps after `schedule_steps`, so that no step is wasted on a rate of zero.
+    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the shape starts from the peak at the next step
+    and comes to `min_lr` at the first step after `schedule_steps`, so that no step is wasted on a rate of zero.
     """
     schedule, peak = config.schedule, config.optimizer.lr
     if step < schedule.warmup_steps:

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from parallel.process_group import on_rank_zero, process_group
+from parallel.process_group import is_peer_failure, on_rank_zero, process_group
 from tests.pool import run_ranks
 from training.errors import ConfigError
 
@@ -25,12 +25,26 @@ def refused(rank, world_size):
     return None
 
 
+def crashed(rank, world_size):
+    try:
+        on_rank_zero(lambda: {}["absent"])
+    except Exception as error:
+        return repr(error), is_peer_failure(error)
+    return None
+
+
 def test_every_rank_gets_what_rank_zero_found():
     assert run_ranks(3, decided) == [("rank", 0)] * 3
 
 
 def test_every_rank_raises_what_rank_zero_raised():
     assert run_ranks(3, refused) == [("refused by rank 0", 78)] * 3
+
+
+def test_a_crash_of_rank_zero_is_its_own_and_a_peer_failure_to_the_rest():
+    of_rank_zero, *of_others = run_ranks(3, crashed)
+    assert of_rank_zero == ("KeyError('absent')", False)
+    assert of_others == [("""RankZeroError("KeyError: 'absent'")""", True)] * 2
 
 
 def test_a_process_alone_is_a_group_of_one(monkeypatch):

@@ -1,5 +1,7 @@
 """The run directory: what a start records, how it counts starts, and which changes make it another run."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -12,15 +14,16 @@ from core.config import ModelConfig
 from data.config import DataConfig
 from training import run_directory
 from training.config import RunConfig, TrainConfig
-from training.errors import ConfigError, RunError, StorageError
+from training.errors import ConfigError, RunDirectoryError, RunError, StorageError
 from training.run_directory import RunDirectory, Status, difference, restore_config, write_atomically
 
 
-def test_create_records_configuration_overrides_and_environment(tmp_path: Path):
+def test_a_start_records_configuration_overrides_and_environment(tmp_path: Path):
     path = tmp_path / "outputs" / "first"
     config = RunConfig(name="first", data=DataConfig(path="a/b: #c", split=[98.0, 1.5, 0.5]), seed=7)
     directory = RunDirectory(path)
-    directory.create(config, ["model=tiny", "seed=7"])
+    directory.own()
+    directory.record_start(config, ["model=tiny", "seed=7"])
     assert restore_config(directory.saved_config()) == config
     assert (path / "overrides.txt").read_text() == "model=tiny\nseed=7\n"
     environment = json.loads((path / "environment.json").read_text())
@@ -33,8 +36,11 @@ def test_the_git_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pyt
     package = tmp_path / "checkout" / "training"
     package.mkdir(parents=True)
     monkeypatch.setattr(run_directory, "__file__", str(package / "run_directory.py"))
-    RunDirectory(tmp_path / "before").create(RunConfig(), [])
-    environment = json.loads((tmp_path / "before" / "environment.json").read_text())
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    RunDirectory(before).record_start(RunConfig(), [])
+    environment = json.loads((before / "environment.json").read_text())
     assert (environment["git_commit"], environment["git_dirty"]) == (None, None)
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     for command in (["init"], [*identity, "commit", "--allow-empty", "-m", "one"]):
@@ -43,8 +49,8 @@ def test_the_git_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pyt
     for dirty in (False, True):
         if dirty:
             (package / "new.py").touch()
-        RunDirectory(tmp_path / "after").create(RunConfig(), [])
-        environment = json.loads((tmp_path / "after" / "environment.json").read_text())
+        RunDirectory(after).record_start(RunConfig(), [])
+        environment = json.loads((after / "environment.json").read_text())
         assert (environment["git_commit"], environment["git_dirty"]) == (head.strip(), dirty)
 
 
@@ -52,7 +58,6 @@ def test_attempts_count_the_starts_that_wrote_a_status(tmp_path: Path):
     for attempt in range(3):
         directory = RunDirectory(tmp_path)
         assert directory.attempt == attempt
-        directory.create(RunConfig(), [])
         directory.write_status("running", 0, "started")
         directory.write_status("preempted", 10 * attempt, "train.exit_after")
         assert directory.attempt == attempt
@@ -72,7 +77,7 @@ def test_a_file_in_the_way_is_a_configuration_error(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link" / "run"):
         with pytest.raises(ConfigError, match=r"(file|link) is no directory; choose another out_dir") as caught:
-            RunDirectory(path).create(RunConfig(), [])
+            RunDirectory(path).own()
         assert caught.value.exit_code == 78
 
 
@@ -82,8 +87,39 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StorageError, match="Permission denied; choose an out_dir you may write to") as caught:
-        RunDirectory(tmp_path / "run").create(RunConfig(), [])
+        RunDirectory(tmp_path / "run").own()
     assert caught.value.exit_code == 74
+
+
+def test_a_directory_has_one_owner_at_a_time(tmp_path: Path):
+    owner, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    owner.own()
+    with pytest.raises(RunDirectoryError, match=rf"in use by process {os.getpid()} on .*name=run-2") as caught:
+        second.own()
+    assert caught.value.exit_code == 73
+    owner.release()
+    second.own()
+    second.release()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(_file: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    RunDirectory(tmp_path).own()
+
+
+def test_a_failing_rank_leaves_its_traceback_and_the_reason(tmp_path: Path):
+    RunDirectory(tmp_path).write_status("running", 20, "training")
+    try:
+        raise ValueError("no such sample")
+    except ValueError as error:
+        RunDirectory(tmp_path).write_rank_failure(3, error)
+    status = RunDirectory(tmp_path).previous
+    assert status is not None
+    assert (status.state, status.step, status.reason) == ("failed", 20, "rank 3: ValueError: no such sample")
+    assert "Traceback" in (tmp_path / "logs" / "rank_00003.log").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "running"}', "\udcff"])
