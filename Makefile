@@ -3,24 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?= pretrain
+# Further settings for make pretrain, such as ARGS='train.steps=2000 optimizer.lr=1e-3'
+ARGS ?=
 # One rank a GPU, as many as divide the batch of 24; without GPUs, two ranks on the CPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(max(n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n <= (torch.cuda.device_count() or 2)))")
 
-.PHONY: pretrain test lint types benchmark clean
+.PHONY: pretrain test parity lint types benchmark clean
 
 pretrain: $(VENV)/.run
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME) $(ARGS)
 	$(BIN)/kilotron generate outputs/$(NAME) --prompt "The following" --max-new-tokens 80 --temperature 0.5
 	@echo
 	@echo "What to try next:"
 	@echo "  another text   $(BIN)/kilotron generate outputs/$(NAME) --prompt 'Return the' --temperature 0.7 --seed 1"
-	@echo "  train longer   make pretrain NAME=longer, after raising train.steps in conf/experiment/pretrain.yaml"
+	@echo "  train longer   make pretrain NAME=longer ARGS='train.steps=2000'"
 	@echo "  your own text  $(BIN)/kilotron prepare FILES --tokenizer bytes --output outputs/my_text"
-	@echo "                 $(BIN)/python pretrain_gpt.py name=mine data.path=outputs/my_text"
+	@echo "                 $(BIN)/python pretrain_gpt.py name=my_text data.path=outputs/my_text train.steps=1000"
 	@echo "  every setting  $(BIN)/python pretrain_gpt.py --help"
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+parity: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.matrix
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +15,22 @@ from training.errors import ConfigError
 from training.help import help_page
 from training.overrides import read_command_line
 
+SECONDS_FOR_LAST_WORDS = 1.0
+
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """One run, or what was asked for in its place; returns the exit code. Raises errors that carry an `exit_code`."""
+    try:
+        return start(words, environment)
+    except Exception as error:
+        if environment.get("RANK", "0") != "0" and hasattr(error, "exit_code"):
+            # torchrun ends all ranks once one has ended, and rank 0 still has to put down why, and say it.
+            time.sleep(SECONDS_FOR_LAST_WORDS)
+        raise
+
+
+def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """What `main` does, on this rank."""
     command = read_command_line(words)
     if command.show_help:
         return say(help_page(), environment)
@@ -67,11 +81,16 @@ def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
 def summary(config: RunConfig) -> str:
     """What `check=true` says of a legal configuration."""
     layout, train = config.parallel, config.train
+    tensor, sequence, takers = "", "", "ranks"
+    if layout.tp > 1:
+        tensor, takers = f" * tp {layout.tp}", f"groups of {layout.tp} ranks"
+        sequence = f", {'with' if layout.sequence_parallel else 'without'} sequence parallelism"
     return "\n".join(
         [
             f"OK: {config.name} is legal on {config.world_size} ranks",
-            f"  layout      dp_replicate {layout.dp_replicate} * dp_shard {layout.dp_shard} = {layout.dp} ranks",
-            f"  batch       {train.global_batch_size} samples a step: {layout.dp} ranks * micro-batch "
+            f"  layout      dp_replicate {layout.dp_replicate} * dp_shard {layout.dp_shard}{tensor} = "
+            f"{config.world_size} ranks{sequence}",
+            f"  batch       {train.global_batch_size} samples a step: {layout.dp} {takers} * micro-batch "
             f"{config.micro_batch_size} * {config.accumulation_steps} accumulated",
             f"  tokens      {train.global_batch_size * config.seq_length:,} a step, {config.seq_length} a sample",
             f"  vocabulary  {config.model.vocabulary:,}",

@@ -57,7 +57,7 @@ def batches() -> Callable[[], MicroBatch]:
 
     def next_batch() -> MicroBatch:
         tokens = generator.integers(0, VOCABULARY, (BATCH, SEQ + 1))
-        return MicroBatch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), [])
+        return MicroBatch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), [], np.arange(BATCH))
 
     return next_batch
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from core.config import ModelConfig
 from core.rotary import RotaryTable, apply_rotary
-from parallel.layers import Linear
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
 class KeyValueCache:
@@ -51,25 +51,41 @@ class SelfAttention(nn.Module):
     in all is multi-query attention.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_size
-        query_width = config.num_attention_heads * self.head_dim
-        group_width = config.query_groups * self.head_dim
-        self.query = Linear(config.hidden_size, query_width, bias=config.bias, init_std=config.init_std)
-        self.key = Linear(config.hidden_size, group_width, bias=config.bias, init_std=config.init_std)
-        self.value = Linear(config.hidden_size, group_width, bias=config.bias, init_std=config.init_std)
+        heads, groups = config.num_attention_heads, config.query_groups
+        self.query = self._input_projection(config, heads, tensor)
+        self.key = self._input_projection(config, groups, tensor)
+        self.value = self._input_projection(config, groups, tensor)
         residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-        self.output = Linear(query_width, config.hidden_size, bias=config.bias, init_std=residual_std)
-        self.grouped = config.query_groups != config.num_attention_heads
+        self.output = RowParallelLinear(
+            heads * self.head_dim, config.hidden_size, bias=config.bias, init_std=residual_std, tensor=tensor
+        )
+        self.local_groups = max(1, groups // tensor.size)
+        self.grouped = heads // tensor.size != self.local_groups
+
+    @staticmethod
+    def _input_projection(config: ModelConfig, heads: int, tensor: TensorParallel) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            config.hidden_size,
+            heads * config.head_size,
+            bias=config.bias,
+            init_std=config.init_std,
+            tensor=tensor,
+            parts=heads,
+        )
 
     def forward(
         self, x: torch.Tensor, rotary: RotaryTable | None = None, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
-        """`[batch, seq, hidden]` to the same shape; with a cache, `x` holds the positions after the cached."""
-        batch, seq, _ = x.shape
+        """`[batch, seq, hidden]` to the same shape; with a cache, `x` holds the positions after the cached.
+
+        A tensor-parallel rank works on its heads; with sequence parallelism `x` is its shard of the sequence.
+        """
         query, key, value = (
-            layer(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in column_parallel(x, [self.query, self.key, self.value])
         )
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
@@ -79,11 +95,11 @@ class SelfAttention(nn.Module):
             query,
             key,
             value,
-            attn_mask=self._mask_after(key.shape[2], seq, x.device),
-            is_causal=key.shape[2] == seq and seq > 1,
+            attn_mask=self._mask_after(key.shape[2], query.shape[2], x.device),
+            is_causal=key.shape[2] == query.shape[2] > 1,
             enable_gqa=self.grouped,
         )
-        return self.output(attended.transpose(1, 2).reshape(batch, seq, -1))
+        return self.output(attended.transpose(1, 2).flatten(2))
 
     @staticmethod
     def _mask_after(keys: int, queries: int, device: torch.device) -> torch.Tensor | None:

@@ -4,30 +4,43 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from core.attention import KeyValueCache, SelfAttention
 from core.config import ModelConfig
+from core.dropout import DropoutKey, DropoutSite, dropout
 from core.mlp import build_mlp
 from core.norm import build_norm
 from core.rotary import RotaryTable, rotary_table
+from parallel.tensor import TensorParallel
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        index: of the layer in the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, index: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config)
-        self.attention = SelfAttention(config)
-        self.mlp_norm = build_norm(config)
-        self.mlp = build_mlp(config)
+        self.index = index
+        self.attention_norm = build_norm(config, tensor)
+        self.attention = SelfAttention(config, tensor)
+        self.mlp_norm = build_norm(config, tensor)
+        self.mlp = build_mlp(config, tensor)
 
     def forward(
-        self, x: torch.Tensor, rotary: RotaryTable | None = None, cache: KeyValueCache | None = None
+        self,
+        x: torch.Tensor,
+        rotary: RotaryTable | None = None,
+        cache: KeyValueCache | None = None,
+        key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """`[batch, seq, hidden]` to the same shape."""
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        """`[batch, seq, hidden]` to the same shape; a `key` drops out elements of both branches."""
+        attended = self.attention(self.attention_norm(x), rotary, cache)
+        x = x + dropout(attended, key, self.index, DropoutSite.ATTENTION)
+        return x + dropout(self.mlp(self.mlp_norm(x)), key, self.index, DropoutSite.MLP)
 
 
 class TransformerBlock(nn.Module):
@@ -36,20 +49,35 @@ class TransformerBlock(nn.Module):
     Args:
         config: of the whole model.
         layer_indices: the layers that live here.
+        recompute: whether the backward pass computes each layer again rather than keep what it needs.
     """
 
-    def __init__(self, config: ModelConfig, layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_indices: Sequence[int], tensor: TensorParallel, *, recompute: bool
+    ) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleDict({str(index): TransformerLayer(config) for index in layer_indices})
+        self.recompute = recompute
+        self.layers = nn.ModuleDict({str(index): TransformerLayer(config, tensor, index) for index in layer_indices})
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, caches: Sequence[KeyValueCache] | None = None
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
+        key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """`[batch, seq, hidden]` at `positions` `[seq]` to the same shape; `caches` holds one cache a layer."""
+        """`[batch, seq, hidden]` to the same shape; `caches` holds one cache a layer.
+
+        With sequence parallelism `x` is a shard of the sequence; `positions` `[seq]` are those of the whole.
+        """
         rotary = None
         if self.config.position_embedding == "rope":
             rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers.values()):
-            x = layer(x, rotary, None if caches is None else caches[index])
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing here draws from a generator, so there is no state of one to restore.
+                x = checkpoint(layer, x, rotary, None, key, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rotary, None if caches is None else caches[index], key)
         return x

@@ -77,3 +77,23 @@ class ModelConfig:
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is null: it is known once the tokenizer is (training.compose.resolve)")
         return self.vocab_size
+
+    def parameter_count(self, tp: int = 1) -> int:
+        """Parameters of the model, without padding; with `tp` ranks to share them, those that one rank holds.
+
+        What is whole on every rank counts whole: norms, biases of row-parallel layers, learned positions, and keys and
+        values of fewer groups than ranks. Vocabulary rows count as padded to a multiple of `tp`. Raises ValueError
+        while `vocab_size` is null.
+        """
+        query = self.num_attention_heads // tp * self.head_size
+        groups = self.query_groups // tp if self.query_groups >= tp else self.query_groups
+        ffn = self.ffn_size // tp
+        columns = query + 2 * groups * self.head_size + ffn * (2 if self.activation == "swiglu" else 1)
+        norm = self.hidden_size * (2 if self.normalization == "layernorm" and self.bias else 1)
+        layer = self.hidden_size * (columns + query + ffn) + 2 * norm
+        if self.bias:
+            layer += columns + 2 * self.hidden_size
+        tables = -(-self.vocabulary // tp) * (1 if self.tie_embeddings else 2)
+        if self.position_embedding == "learned":
+            tables += self.max_position_embeddings
+        return self.num_layers * layer + norm + self.hidden_size * tables

@@ -4,20 +4,27 @@ import torch
 from torch import nn
 
 from core.config import ModelConfig
-from parallel.layers import Embedding
+from parallel.tensor import Embedding, TensorParallel, VocabParallelEmbedding
 
 
 class LanguageModelEmbedding(nn.Module):
     """word[id] + position[index], the second only with learned positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        self.word = Embedding(config.vocabulary, config.hidden_size, init_std=config.init_std)
+        self.tensor = tensor
+        self.word = VocabParallelEmbedding(
+            config.vocabulary, config.hidden_size, init_std=config.init_std, tensor=tensor
+        )
         self.position: Embedding | None = None
         if config.position_embedding == "learned":
-            self.position = Embedding(config.max_position_embeddings, config.hidden_size, init_std=config.init_std)
+            self.position = Embedding(
+                config.max_position_embeddings, config.hidden_size, init_std=config.init_std, tensor=tensor
+            )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Ids `[batch, seq]` at `positions` `[seq]` to `[batch, seq, hidden]`."""
-        embedded = self.word(input_ids)
-        return embedded if self.position is None else embedded + self.position(positions)
+        """Ids `[batch, seq]` at `positions` `[seq]` to `[batch, seq, hidden]`: a shard of it if the sequence is cut."""
+        embedded: torch.Tensor = self.word(input_ids)
+        if self.position is None:
+            return embedded
+        return embedded + self.position(self.tensor.sequence_shard(positions, 0))

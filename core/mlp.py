@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.config import ModelConfig
-from parallel.layers import Linear
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -22,11 +22,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu
 class MLP(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up = Linear(config.hidden_size, config.ffn_size, bias=config.bias, init_std=config.init_std)
-        self.down = _down_projection(config)
+        self.up = _wide_projection(config, tensor)
+        self.down = _down_projection(config, tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, hidden]` to the same shape."""
@@ -36,22 +36,31 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), known as SwiGLU (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
         super().__init__()
-        self.gate = Linear(config.hidden_size, config.ffn_size, bias=config.bias, init_std=config.init_std)
-        self.up = Linear(config.hidden_size, config.ffn_size, bias=config.bias, init_std=config.init_std)
-        self.down = _down_projection(config)
+        self.gate = _wide_projection(config, tensor)
+        self.up = _wide_projection(config, tensor)
+        self.down = _down_projection(config, tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, hidden]` to the same shape."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = column_parallel(x, [self.gate, self.up])
+        return self.down(F.silu(gate) * up)
 
 
-def _down_projection(config: ModelConfig) -> Linear:
+def _wide_projection(config: ModelConfig, tensor: TensorParallel) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        config.hidden_size, config.ffn_size, bias=config.bias, init_std=config.init_std, tensor=tensor
+    )
+
+
+def _down_projection(config: ModelConfig, tensor: TensorParallel) -> RowParallelLinear:
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-    return Linear(config.ffn_size, config.hidden_size, bias=config.bias, init_std=residual_std)
+    return RowParallelLinear(
+        config.ffn_size, config.hidden_size, bias=config.bias, init_std=residual_std, tensor=tensor
+    )
 
 
-def build_mlp(config: ModelConfig) -> MLP | GatedMLP:
+def build_mlp(config: ModelConfig, tensor: TensorParallel) -> MLP | GatedMLP:
     """The MLP that the configuration's activation asks for."""
-    return GatedMLP(config) if config.activation == "swiglu" else MLP(config)
+    return GatedMLP(config, tensor) if config.activation == "swiglu" else MLP(config, tensor)

@@ -6,42 +6,44 @@ from torch import nn
 
 from core.config import ModelConfig
 from parallel.initialization import Constant, InitialValue
+from parallel.tensor import TensorParallel, local
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (arXiv:1607.06450)."""
 
-    def __init__(self, hidden_size: int, eps: float, *, bias: bool) -> None:
+    def __init__(self, hidden_size: int, eps: float, *, bias: bool, tensor: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.weight = tensor.parameter(hidden_size)
         self.initial_values: dict[str, InitialValue] = {"weight": Constant(1.0)}
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(hidden_size))
+            self.bias = tensor.parameter(hidden_size)
             self.initial_values["bias"] = Constant(0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape and dtype."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        bias = None if self.bias is None else local(self.bias)
+        return F.layer_norm(x, self.weight.shape, local(self.weight), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float, *, tensor: TensorParallel) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.weight = tensor.parameter(hidden_size)
         self.initial_values: dict[str, InitialValue] = {"weight": Constant(1.0)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]` to the same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, local(self.weight), self.eps)
 
 
-def build_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+def build_norm(config: ModelConfig, tensor: TensorParallel) -> LayerNorm | RMSNorm:
     """The normalisation that the configuration names."""
     if config.normalization == "rmsnorm":
-        return RMSNorm(config.hidden_size, config.norm_eps)
-    return LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
+        return RMSNorm(config.hidden_size, config.norm_eps, tensor=tensor)
+    return LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias, tensor=tensor)

@@ -18,6 +18,8 @@ class MicroBatch:
     labels: npt.NDArray[np.int64]
     """[micro_batch, seq]: the token that follows each input; -100 counts in no loss."""
     samples: list[Sample]
+    sample_indices: npt.NDArray[np.int64]
+    """[micro_batch]: which sample of the run each is, counted from the first."""
 
 
 class BatchReader:
@@ -70,4 +72,5 @@ class BatchReader:
     def _micro_batch(self, first: int) -> MicroBatch:
         samples = [self._dataset.sample(index) for index in range(first, first + self._micro_batch_size)]
         tokens = np.stack([sample.tokens for sample in samples])
-        return MicroBatch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), samples)
+        indices = np.arange(first, first + self._micro_batch_size)
+        return MicroBatch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), samples, indices)

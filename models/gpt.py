@@ -1,42 +1,69 @@
 """GPTModel: embedding, transformer block, final norm, and the output head with its loss."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from core.attention import KeyValueCache
-from core.block import TransformerBlock
+from core.block import TransformerBlock, TransformerLayer
 from core.config import ModelConfig
+from core.dropout import DropoutKey, DropoutSite, dropout
 from core.embedding import LanguageModelEmbedding
-from core.loss import LinearCrossEntropy
+from core.loss import LinearCrossEntropy, VocabularyShard
 from core.norm import build_norm
-from parallel.layers import Linear
+from parallel.tensor import TensorParallel, VocabParallelEmbedding, local
 
 
 class GPTModel(nn.Module):
     """A decoder-only transformer language model.
 
     Built on the meta device; `parallel.initialization.materialize` gives it memory and values.
+
+    Args:
+        tensor: the ranks that share each weight matrix; None: this rank alone.
+        seed: what dropout depends on beside samples and positions.
+        recompute: whether the backward pass computes each layer again rather than keep what it needs.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, tensor: TensorParallel | None = None, *, seed: int = 0, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = LanguageModelEmbedding(config)
-        self.block = TransformerBlock(config, range(config.num_layers))
-        self.final_norm = build_norm(config)
-        self.head: Linear | None = None
+        self.seed = seed
+        self.tensor = tensor = tensor or TensorParallel()
+        self.embedding = LanguageModelEmbedding(config, tensor)
+        self.block = TransformerBlock(config, range(config.num_layers), tensor, recompute=recompute)
+        self.final_norm = build_norm(config, tensor)
+        self.head: VocabParallelEmbedding | None = None
         if not config.tie_embeddings:
-            self.head = Linear(config.hidden_size, config.vocabulary, bias=False, init_std=config.init_std)
+            self.head = VocabParallelEmbedding(
+                config.vocabulary, config.hidden_size, init_std=config.init_std, tensor=tensor
+            )
         self.cross_entropy = LinearCrossEntropy()
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The summed loss of labels `[batch, seq]` after input ids `[batch, seq]`: a scalar in at least float32."""
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, sample_indices: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The summed loss of labels `[batch, seq]` after input ids `[batch, seq]`: a scalar in at least float32.
+
+        `sample_indices` `[batch]`, each sample's index in the run, are what dropout depends on; without them nothing is
+        dropped out.
+        """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self._hidden(input_ids, positions, None)
-        return self.cross_entropy(hidden.flatten(0, 1), self._output_weight, labels.flatten())
+        key = None
+        if self.config.dropout and sample_indices is not None:
+            of_shard = self.tensor.sequence_shard(positions, 0)
+            key = DropoutKey.build(self.config.dropout, self.seed, sample_indices, of_shard)
+        hidden = self.tensor.expand(self._hidden(input_ids, positions, None, key))
+        table, shard = self._output, None
+        if self.tensor.size > 1:
+            shard = VocabularyShard(table.first_row, table.own_tokens, self.tensor.group)
+        return self.cross_entropy(hidden.flatten(0, 1), local(table.weight), labels.flatten(), shard)
 
     @torch.no_grad()
     def next_token_logits(self, input_ids: torch.Tensor, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
@@ -46,16 +73,28 @@ class GPTModel(nn.Module):
         """
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        return F.linear(self._hidden(input_ids, positions, caches)[:, -1], self._output_weight)
+        with self.tensor.whole_sequences():
+            last = self._hidden(input_ids, positions, caches)[:, -1]
+        logits = F.linear(last, local(self._output.weight))
+        if self.tensor.size > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.tensor.size)]
+            dist.all_gather(parts, logits, group=self.tensor.group)
+            logits = torch.cat(parts, dim=1)
+        return logits[:, : self.config.vocabulary]
 
     def new_caches(self, batch_size: int, max_length: int) -> list[KeyValueCache]:
         """Empty key/value caches, one a layer, with room for `max_length` positions."""
         weight = self.embedding.word.weight
         return [
             KeyValueCache(
-                batch_size, self.config.query_groups, max_length, self.config.head_size, weight.dtype, weight.device
+                batch_size,
+                cast(TransformerLayer, layer).attention.local_groups,
+                max_length,
+                self.config.head_size,
+                weight.dtype,
+                weight.device,
             )
-            for _ in range(self.config.num_layers)
+            for layer in self.block.layers.values()
         ]
 
     def sharding_units(self) -> list[nn.Module]:
@@ -64,17 +103,29 @@ class GPTModel(nn.Module):
         return layers if self.config.tie_embeddings else [self.embedding, *layers]
 
     @property
-    def _output_weight(self) -> torch.Tensor:
-        return self.embedding.word.weight if self.head is None else self.head.weight
+    def _output(self) -> VocabParallelEmbedding:
+        return self.embedding.word if self.head is None else self.head
 
     def _hidden(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KeyValueCache] | None
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KeyValueCache] | None,
+        key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        embedded = self.embedding(input_ids, positions)
-        return self.final_norm(self.block(embedded, positions, caches))
+        """The residual stream after the last norm: `[batch, seq, hidden]`, with sequence parallelism a shard of it."""
+        x = dropout(self.embedding(input_ids, positions), key, 0, DropoutSite.EMBEDDING)
+        return self.final_norm(self.block(x, positions, caches, key))
 
 
-def build_meta_model(config: ModelConfig, dtype: torch.dtype) -> GPTModel:
+def build_meta_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tensor: TensorParallel | None = None,
+    *,
+    seed: int = 0,
+    recompute: bool = False,
+) -> GPTModel:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        return GPTModel(config).to(dtype)
+        return GPTModel(config, tensor, seed=seed, recompute=recompute).to(dtype)

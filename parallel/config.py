@@ -39,3 +39,8 @@ class ParallelConfig:
     def dp(self) -> int:
         """Data-parallel ranks: those that feed different samples. Meaningful once `dp_shard` is resolved."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether norms and residuals are on shards of the sequence."""
+        return self.tp > 1 and self.sequence is not False

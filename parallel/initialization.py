@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from parallel.sharding import local_box, local_values, logical_shapes
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,17 @@ def materialize(model: nn.Module, seed: int, device: torch.device, init_device: 
         init_device: where they are drawn.
     """
     model.to_empty(device=device)
+    shapes = logical_shapes(model)
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{own_name}"
             initial: InitialValue = module.initial_values[own_name]
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            whole = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            whole.zero_()  # padding stays so
+            box = local_box(parameter, shapes[name])
+            values = local_values(parameter, box)
             if isinstance(initial, Constant):
-                local.fill_(initial.value)
-                continue
-            full = draw(initial, parameter.shape, parameter_seed(seed, name), init_device or device).to(device)
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(
-                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                ).to_local()
-            local.copy_(full)
+                values.fill_(initial.value)
+            else:
+                drawn = draw(initial, shapes[name], parameter_seed(seed, name), init_device or device)
+                values.copy_(drawn[box.slices])

@@ -4,10 +4,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.config import ParallelConfig
+from parallel.tensor import TensorParallel
 
 
 class ParallelMesh:
-    """Ranks as a grid (dp_replicate, dp_shard): neighbours in rank shard one copy of the model, rows replicate it.
+    """Ranks as a grid (dp_replicate, dp_shard, tp): neighbours in rank share weight matrices, the most talkative way.
 
     Args:
         config: resolved; its sizes multiply to the world size.
@@ -15,22 +16,39 @@ class ParallelMesh:
     """
 
     def __init__(self, config: ParallelConfig, device_type: str) -> None:
-        self.device_mesh: DeviceMesh = init_device_mesh(
-            device_type, (config.dp_replicate, config.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
+        names = ("dp_replicate", "dp_shard", "tp")
+        sizes = (config.dp_replicate, config.dp_shard, config.tp)
+        self.device_mesh: DeviceMesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
         self.dp_size = config.dp
         self.dp_replicate_rank = self.device_mesh.get_local_rank("dp_replicate")
         self.dp_rank = self.dp_replicate_rank * config.dp_shard + self.device_mesh.get_local_rank("dp_shard")
+        self.tp_rank = self.device_mesh.get_local_rank("tp")
+        self.tensor = TensorParallel(
+            self.device_mesh["tp"] if config.tp > 1 else None, sequence=config.sequence_parallel
+        )
+        """What layers are built with."""
+        self.data_group = self._data_group(config)
+        """The ranks that feed different samples: sums over a global batch run over it."""
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share each weight matrix."""
+        return self.tensor.size
 
     @property
     def fsdp(self) -> DeviceMesh:
         """What `fully_shard` takes: the sharding dimension alone, or (replicate, shard) where there are replicas."""
-        return self.device_mesh["dp_shard"] if self.device_mesh.shape[0] == 1 else self.device_mesh
+        replicas = self.device_mesh.shape[0] > 1
+        return self.device_mesh["dp_replicate", "dp_shard"] if replicas else self.device_mesh["dp_shard"]
 
-    @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The ranks that feed different samples: sums over a global batch run over it."""
-        group = dist.group.WORLD
-        if group is None:
-            raise RuntimeError("the process group is not initialised")
-        return group
+    def _data_group(self, config: ParallelConfig) -> dist.ProcessGroup:
+        if config.tp == 1:
+            if dist.group.WORLD is None:
+                raise RuntimeError("the process group is not initialised")
+            return dist.group.WORLD
+        if config.dp_replicate == 1:
+            return self.device_mesh.get_group("dp_shard")
+        # Every rank makes every group, its own and those it is not in.
+        columns = self.device_mesh.mesh.reshape(-1, config.tp).t().tolist()
+        groups = [dist.new_group(column) for column in columns]
+        return groups[self.tp_rank]

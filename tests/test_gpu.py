@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import pretrain_gpt
 from core.loss import LinearCrossEntropy
-from tests.pool import run_ranks
+from parallel.local_ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",

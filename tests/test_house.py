@@ -36,7 +36,8 @@ def test_every_file_keeps_the_rules(source):
         if other in (*FLOORS, "data") and other != place:
             assert place != "data", f"data imports {name}"
             assert other == "data" or FLOORS[other] < FLOORS[place], f"{place} imports {name} from above"
-        assert name != "pickle"
+        # between a caller and its own ranks alone, as multiprocessing does it, but tensors by value
+        assert name != "pickle" or source.name == "local_ranks.py"
         assert not (place == "data" and other == "torch"), "data knows no torch"
         if source.name in ("config.py",):
             assert other not in ("torch", "numpy")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import safe_open
 import pretrain_gpt
 from data.errors import CorruptDataError
 from data.indexed_dataset import IndexedDatasetWriter
-from tests.pool import run_ranks
+from parallel.local_ranks import run_ranks
 from training.errors import ConfigError, NonFiniteError, PeerError, RunDirectoryError, StorageError
 from training.run_directory import RunDirectory
 
@@ -90,6 +91,7 @@ LAYOUTS = [
     (4, ["parallel.dp_shard=4", "train.micro_batch_size=1", "parallel.zero=2"]),
     (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2", "train.micro_batch_size=1", "parallel.zero=1"]),
     (4, ["parallel.dp_replicate=2"]),
+    (4, ["parallel.tp=2", "parallel.dp_shard=2", "train.micro_batch_size=2"]),
 ]
 
 
@@ -109,7 +111,7 @@ def evaluations(out_dir, name):
 def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir, reference):
     words = ["train.precision=fp64", "train.steps=5", "train.eval_interval=2", "train.eval_steps=2"]
     found = []
-    for ranks, layout in [(1, []), *LAYOUTS[1:5], *LAYOUTS[7:]]:
+    for ranks, layout in [(1, []), *LAYOUTS[1:5], LAYOUTS[7], LAYOUTS[9]]:
         name = f"evaluated{len(found)}"
         assert train(out_dir, name, ranks, *words, *layout) == 0
         np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=1e-10)
@@ -122,7 +124,9 @@ def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("ranks", "words"), [(1, []), LAYOUTS[3], LAYOUTS[4], LAYOUTS[7]], ids=lambda value: str(value)
+    ("ranks", "words"),
+    [(1, []), LAYOUTS[3], LAYOUTS[4], LAYOUTS[7], LAYOUTS[9]],
+    ids=lambda value: str(value),
 )
 def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision):
     name = f"{precision}-layout{LAYOUTS.index((ranks, words)) if words else ''}"
@@ -160,6 +164,21 @@ def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):
     assert train(out_dir, "many", 1, *words) == 0
     np.testing.assert_allclose(numbers(out_dir, "many"), numbers(out_dir, "one"), rtol=1e-10)
     assert samples(out_dir, "many") == samples(out_dir, "one")
+
+
+def test_a_checkpoint_of_tensor_parallel_ranks_resumes_anywhere(out_dir):
+    """With a vocabulary that the ranks do not divide, whose padding is in no file."""
+    words = ["train.precision=fp64", "train.steps=4", "model.vocab_size=1539", "model.dropout=0.1"]
+    assert train(out_dir, "alone", 1, *words) == 0
+    both = ["parallel.tp=2", "parallel.dp_shard=2", "train.exit_after=2"]
+    assert train(out_dir, "shared", 4, *words, *both) == 75
+    saved = json.loads((out_dir / "shared" / "checkpoints" / "step_00000002" / "manifest.json").read_text())
+    assert saved["tensors"]["model.embedding.word.weight"]["shape"] == [1539, 144]
+    for index, (ranks, layout) in enumerate([(1, []), (4, ["parallel.tp=4"]), (4, ["parallel.dp_shard=4"])]):
+        name = f"shared-{index}"
+        shutil.copytree(out_dir / "shared", out_dir / name)
+        assert train(out_dir, name, ranks, *words, *layout) == 0
+        np.testing.assert_allclose(numbers(out_dir, name), numbers(out_dir, "alone"), rtol=1e-10)
 
 
 def test_more_steps_continue_a_completed_run_and_the_same_again_does_nothing(out_dir):
@@ -285,19 +304,22 @@ def test_data_may_move_as_long_as_it_is_the_same(out_dir):
         train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=3")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_terminated_run_says_so(out_dir, ranks):
-    name = f"terminated{ranks}"
+@pytest.mark.parametrize(("ranks", "signal_name"), [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM")])
+def test_a_run_that_is_told_to_stop_saves_first(out_dir, ranks, signal_name):
+    name = f"stopped-{ranks}-{signal_name}"
     words = [*SMALL, f"out_dir={out_dir}", f"name={name}", "train.steps=100000", "log.sample_ids=false"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launcher = [sys.executable] if ranks == 1 else torchrun
     root = Path(pretrain_gpt.__file__).parent
     run = subprocess.Popen([*launcher, "pretrain_gpt.py", *words], cwd=root, stdout=subprocess.PIPE, text=True)
     assert any("step 2/" in line for line in run.stdout)
-    run.terminate()
-    run.communicate(timeout=60)
-    assert status(out_dir, name)["state"] == "failed"
-    assert "143" in status(out_dir, name)["reason"]
+    run.send_signal(signal.Signals[signal_name])
+    printed, _ = run.communicate(timeout=60)
+    found = status(out_dir, name)
+    assert (found["state"], found["reason"]) == ("preempted", signal_name)
+    assert (out_dir / name / "checkpoints" / f"step_{found['step']:08d}" / "manifest.json").exists()
+    assert "start again to continue" in printed
+    assert ranks > 1 or run.returncode == 75
 
 
 def test_torchrun_and_the_command_line_end_to_end(out_dir):

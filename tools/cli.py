@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prepare": "turn text files or JSON lines into training data",
         "train-tokenizer": "train a vocabulary on text",
         "generate": "let a trained model write",
+        "layouts": "list the ways to divide a model over ranks",
+        "parity": "hold a layout against one process, scaled down to this machine",
     }
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")

@@ -46,6 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     new_tokens = min(arguments.max_new_tokens, room)
     if new_tokens < arguments.max_new_tokens:
         print(f"the model's positions leave room for {new_tokens} new tokens", file=sys.stderr)
+    if len(prompt) + new_tokens > config.seq_length:
+        print(
+            f"the model was trained on {config.seq_length} tokens at a time; what follows those may be poor",
+            file=sys.stderr,
+        )
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     tokens = list(generate(model, prompt, new_tokens, sampling, tokenizer.end_of_document))
     print(f"--- {origin}, {len(tokens)} new tokens ---", file=sys.stderr, flush=True)
@@ -70,13 +75,25 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     with process_group(timedelta(minutes=1), {}) as process:
         chosen = choose_checkpoint(run_dir, step, "auto")
         if chosen is None:
-            raise ConfigError(f"{run_dir} holds no checkpoint; name the directory of a run, such as outputs/pretrain")
+            raise ConfigError(_no_checkpoint(run_dir))
         path, manifest = chosen
         config = restore_config(manifest.state["config"])
         model = build_meta_model(config.model, torch.float32)
         model.to_empty(device=process.device)
         load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return config, model.eval(), path
+
+
+def _no_checkpoint(run_dir: Path) -> str:
+    from training.settings import closest
+
+    if run_dir.parent.name == "checkpoints":
+        return f"{run_dir} is a checkpoint; name its run and say --step: {run_dir.parent.parent}"
+    others = [path.parent.name for path in run_dir.parent.glob("*/checkpoints")]
+    near = closest(run_dir.name, others)
+    what = "holds no checkpoint" if run_dir.is_dir() else "is no directory"
+    nearest = f"nearest: {run_dir.parent / near}" if near else "name the directory of a run, such as outputs/pretrain"
+    return f"{run_dir} {what}; {nearest}"
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ def _choose(directory: Path, resume: str, verify_mode: str) -> tuple[Path, Manif
     if resume != "auto":
         found = [(step, path) for step, path in found if str(step) == resume]
         if not found:
-            raise StorageError(f"checkpoint.resume={resume}: no such step in {directory}; steps there: {steps}")
+            raise StorageError(f"no checkpoint of step {resume} in {directory}; steps there: {steps}")
     problems = []
     for _, path in found:
         try:

@@ -232,8 +232,8 @@ class CheckpointReader(StorageReader):
             entry = self._manifest.tensors.get(name)
             if entry is None:
                 problems.append(f"{name} is not in it")
-            elif entry.shape != tuple(tensor.shape):
-                problems.append(f"{name} has shape {list(entry.shape)}, wanted is {list(tensor.shape)}")
+            elif entry.shape != tuple(tensor.size()):
+                problems.append(f"{name} has shape {list(entry.shape)}, wanted is {list(tensor.size())}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise StorageError(f"the checkpoint does not fit this model: {'; '.join(problems[:5])}{more}")

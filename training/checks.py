@@ -15,12 +15,9 @@ NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("model.rope_scaling", (None,)),
     ("model.qk_norm", (False,)),
     ("model.sliding_window", (None,)),
-    ("model.dropout", (0.0,)),
     ("model.num_experts", (None,)),
     ("model.moe_top_k", (2,)),
     ("data.blend", (None,)),
-    ("parallel.tp", (1,)),
-    ("parallel.sequence", (None, False)),
     ("parallel.pp", (1,)),
     ("parallel.pp_schedule", ("1f1b",)),
     ("parallel.virtual_stages", (1,)),
@@ -30,7 +27,7 @@ NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("parallel.ep", (1,)),
     ("train.precision", ("fp32", "bf16", "fp64")),
     ("train.compile", (False,)),
-    ("train.recompute", ("none",)),
+    ("train.recompute", ("none", "full")),
 )
 """Keys of features that this version lacks, with the values that work without them."""
 
@@ -118,7 +115,7 @@ def check_rotary(config: RunConfig) -> Iterator[str]:
     if model.head_dim is not None:
         yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {_either(size - 1, size + 1)}"
     elif model.hidden_size % model.num_attention_heads == 0:
-        even = [heads for heads in _divisors(model.hidden_size) if model.hidden_size // heads % 2 == 0]
+        even = [heads for heads in divisors(model.hidden_size) if model.hidden_size // heads % 2 == 0]
         advice = (
             f"try model.num_attention_heads={_nearest(model.num_attention_heads, even)}"
             if even
@@ -148,6 +145,7 @@ def check_world(config: RunConfig) -> Iterator[str]:
     if layout.dp_shard == 0:
         yield "parallel.dp_shard=0: use -1 for all ranks that remain, or at least 1"
         return
+    remains = layout.dp_shard == -1
     sizes = {
         "pp": layout.pp,
         "dp_replicate": layout.dp_replicate,
@@ -156,23 +154,104 @@ def check_world(config: RunConfig) -> Iterator[str]:
         "tp": layout.tp,
     }
     product = math.prod(sizes.values())
-    if world == product or (layout.dp_shard == -1 and world % product == 0):
+    if world == product or (remains and world % product == 0):
         return
-    fixed = {f"parallel.{key}": size for key, size in sizes.items() if size > 1}
-    hints = [
-        f"{key} may be {', '.join(map(str, _legal_sizes(world, product, size, layout.dp_shard)))}"
-        for key, size in fixed.items()
-        if world % (product // size) == 0
-    ]
-    hints.append(f"world_size={product if layout.dp_shard != -1 else _multiples_near(world, product)} fits")
-    stated = " * ".join(f"{key}={size}" for key, size in fixed.items()) or f"parallel.dp_shard={layout.dp_shard}"
-    relation = "must divide" if layout.dp_shard == -1 else "must equal"
-    yield f"world_size={world} with {stated}: {product} {relation} {world}; {'; '.join(hints)}"
+    fixed = {key: size for key, size in sizes.items() if size > 1 or (key == "dp_shard" and not remains)}
+    legal = {key: _sizes_beside(config, key, product // size) for key, size in fixed.items()}
+    stated = ", ".join(f"parallel.{key}={size}" for key, size in fixed.items())
+    if len(fixed) == 1:
+        key, choices = next(iter(legal.items()))
+        rules = [f"{key} must divide {world}: {choices}" if remains else f"{key} must be {choices}"]
+    else:
+        rules = [f"{' * '.join(fixed)} = {product} must {'divide' if remains else 'equal'} {world}"]
+        rules += [f"{key} may be {choices}" for key, choices in legal.items() if choices]
+    rules.append(f"world_size={_multiples_near(world, product) if remains else product} fits")
+    yield f"world_size={world} with {stated}: {'; '.join(rules)}"
 
 
-def _legal_sizes(world: int, product: int, size: int, dp_shard: int) -> list[int]:
-    remaining = world // (product // size)
-    return _divisors(remaining) if dp_shard == -1 else [remaining]
+def _sizes_beside(config: RunConfig, key: str, others: int) -> str:
+    """The sizes of one dimension that fill the world beside the product of the others, as advice; "" for none."""
+    world, remains = config.world_size or 1, config.parallel.dp_shard == -1
+    if world % others:
+        return ""
+    sizes = divisors(world // others) if remains else [world // others]
+    advice = ", ".join(map(str, sizes))
+    if key == "dp_shard":
+        return f"{advice} or -1"
+    cut = [size for size in sizes if not _cut_unequally(config, size)] if key == "tp" else sizes
+    if len(cut) not in (0, len(sizes)):
+        advice += f" (the model allows {', '.join(map(str, cut))})"
+    return advice if cut else ""
+
+
+def _cut_unequally(config: RunConfig, tp: int) -> set[str]:
+    """What of the model and its activations `tp` ranks cannot share equally."""
+    model = config.model
+    heads, groups = model.num_attention_heads, model.query_groups
+    remainders = {
+        "heads": heads % tp,
+        "groups": groups % tp and tp % groups,
+        "ffn": model.ffn_size % tp,
+        "sequence": config.seq_length % tp if config.parallel.sequence is not False else 0,
+    }
+    return {part for part, remainder in remainders.items() if remainder}
+
+
+def _near_tensor_sizes(config: RunConfig) -> str:
+    """The nearest values of parallel.tp that the model can be cut by and that, where any do, divide the world."""
+    layout = config.parallel
+    legal = [tp for tp in divisors(config.model.num_attention_heads) if not _cut_unequally(config, tp)]
+    beside = layout.pp * layout.dp_replicate * layout.cp
+    fitting = [tp for tp in legal if (config.world_size or 0) % (tp * beside) == 0]
+    return f"parallel.tp={_nearest(layout.tp, fitting or legal)}"
+
+
+def check_tensor_heads(config: RunConfig) -> Iterator[str]:
+    """Each tensor-parallel rank computes equally many query heads."""
+    tp, heads = config.parallel.tp, config.model.num_attention_heads
+    if "heads" in _cut_unequally(config, tp):
+        yield (
+            f"parallel.tp={tp} does not divide model.num_attention_heads={heads}, but every rank computes equally "
+            f"many whole heads; try {_near_tensor_sizes(config)}"
+        )
+
+
+def check_tensor_groups(config: RunConfig) -> Iterator[str]:
+    """Each tensor-parallel rank has whole key/value heads, or shares one with its neighbours. Looked at where the query
+    heads are cut equally."""
+    tp, heads, groups = config.parallel.tp, config.model.num_attention_heads, config.model.query_groups
+    if heads % tp == 0 and heads % groups == 0 and "groups" in _cut_unequally(config, tp):
+        legal = [number for number in divisors(heads) if number % tp == 0 or tp % number == 0]
+        yield (
+            f"parallel.tp={tp} and model.num_query_groups={groups}: one must divide the other, so that a rank has "
+            f"whole key/value heads or shares one; try {_near_tensor_sizes(config)}, "
+            f"or model.num_query_groups={_nearest(groups, legal)}"
+        )
+
+
+def check_tensor_ffn(config: RunConfig) -> Iterator[str]:
+    """Each tensor-parallel rank computes an equal part of the MLP's width."""
+    tp, width = config.parallel.tp, config.model.ffn_size
+    if "ffn" in _cut_unequally(config, tp):
+        derived = "" if config.model.ffn_hidden_size is not None else " (derived, as it is null)"
+        yield (
+            f"parallel.tp={tp} does not divide model.ffn_hidden_size={width}{derived}, which its ranks share equally; "
+            f"try {_near_tensor_sizes(config)}, or model.ffn_hidden_size={_multiples_near(width, tp)}"
+        )
+
+
+def check_tensor_sequence(config: RunConfig) -> Iterator[str]:
+    """With sequence parallelism each tensor-parallel rank holds an equal part of every sequence."""
+    tp, length, model = config.parallel.tp, config.seq_length, config.model
+    if config.parallel.sequence_parallel and "sequence" in _cut_unequally(config, tp):
+        limit = model.max_position_embeddings if model.position_embedding == "learned" else length + tp
+        near = _nearest(
+            length, [number for number in (length // tp * tp, length // tp * tp + tp) if 0 < number <= limit]
+        )
+        yield (
+            f"parallel.tp={tp} does not divide data.seq_length={length}, but sequence parallelism gives every rank an "
+            f"equal part; try {f'data.seq_length={near}, or ' if near else ''}parallel.sequence=false"
+        )
 
 
 def check_batch(config: RunConfig) -> Iterator[str]:
@@ -269,6 +348,10 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_rotary,
     check_positions,
     check_world,
+    check_tensor_heads,
+    check_tensor_groups,
+    check_tensor_ffn,
+    check_tensor_sequence,
     check_batch,
     check_schedule,
     check_split,
@@ -282,7 +365,8 @@ def check_relations(config: RunConfig) -> Iterator[str]:
     return chain.from_iterable(rule(config) for rule in RELATIONS)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, smallest first."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
 
@@ -295,7 +379,7 @@ def _nearest(wanted: int, legal: list[int]) -> str:
 
 
 def _near_divisors(wanted: int, number: int) -> str:
-    return _nearest(wanted, _divisors(number))
+    return _nearest(wanted, divisors(number))
 
 
 def _multiples_near(number: int, unit: int) -> str:

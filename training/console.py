@@ -5,6 +5,7 @@ import math
 import statistics
 import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from training.config import RunConfig
@@ -45,6 +46,11 @@ class Console:
             f"{config.micro_batch_size} samples a rank"
         )
         self.note(f"files  {config.run_dir}")
+
+    def traffic(self, moved: Mapping[tuple[str, str], int]) -> None:
+        """Prints the bytes that a step moves, by (ranks, collective)."""
+        parts = [f"{ranks} {kind} {humanise(count)}B" for (ranks, kind), count in sorted(moved.items())]
+        self.note(f"moves  {', '.join(parts)} a step")
 
     def step(self, metrics: StepMetrics) -> None:
         """Prints a logged step; its eta is the median of recent steps and leaves out evaluations and checkpoints."""

@@ -27,6 +27,8 @@ KEYS_THAT_MATTER = (
     "train.eval_interval",
     "optimizer.lr",
     "schedule.warmup_steps",
+    "parallel.tp",
+    "parallel.sequence",
     "parallel.dp_replicate",
     "parallel.dp_shard",
     "parallel.zero",
@@ -43,8 +45,8 @@ EXAMPLES = (
     ),
     (
         "is this legal on 64 GPUs? nothing is started, no GPU is needed",
-        "python pretrain_gpt.py check=true world_size=64 model=llama3_8b parallel.dp_replicate=8 \\\n"
-        "      train.global_batch_size=512",
+        "python pretrain_gpt.py check=true world_size=64 model=llama3_8b parallel.tp=8 \\\n"
+        "      parallel.dp_replicate=2 train.global_batch_size=512",
     ),
     ("three learning rates, one run after another", "python pretrain_gpt.py -m optimizer.lr=1e-3,2e-3,4e-3"),
 )
@@ -92,6 +94,7 @@ def help_page() -> str:
         "Look next",
         "  --cfg job                   every key with its value, as these words compose it",
         "  check=true world_size=N     whether N ranks can run it, and how the work is divided",
+        "  kilotron layouts            every way to divide world_size=N ranks, with the memory it takes",
         "  -m KEY=A,B                  one run after another",
         "  docs/architecture.md        how it is built",
     ]

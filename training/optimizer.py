@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from training.checkpoint_tensor import tensor_part
 from training.config import OptimizerConfig
 
 
@@ -33,15 +34,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
-def training_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def training_tensors(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, shapes: dict[str, torch.Size]
+) -> dict[str, torch.Tensor]:
     """Every tensor a checkpoint holds, by name: `model.NAME` and `optimizer.KEY.NAME`.
 
     Args:
         parameters: by global name, sharded as the optimizer holds them.
         optimizer: whose state exists.
+        shapes: of the whole parameters, without padding.
     """
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
+        tensors[f"model.{name}"] = tensor_part(parameter, shapes[name])
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            tensors[f"optimizer.{key}.{name}"] = tensor_part(value, shapes[name] if value.dim() else value.shape)
     return tensors

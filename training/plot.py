@@ -81,10 +81,11 @@ def _points(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 def _draw_training(axes: "Axes", points: list[tuple[int, float]]) -> list[float]:
     """Draws the raw curve, pale, under its average. Returns the average's values."""
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    averages = smooth(losses, len(losses) // 60)
+    reach = len(losses) // 60
+    averages = smooth(losses, reach)
     axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.3)
     marker = "o" if len(points) == 1 else ""
-    label = f"training loss (smoothed) {averages[-1]:.3f}"
+    label = f"training loss{' (smoothed)' if reach else ''} {averages[-1]:.3f}"
     axes.plot(steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
     return averages
 

@@ -3,24 +3,21 @@
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 from parallel.process_group import ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
 from training.errors import ConfigError, PeerError, RunError, StorageError
 from training.recorder import Recorder
-from training.run_directory import RunDirectory, difference
+from training.run_directory import RunDirectory, State, difference
+from training.stop import stoppable
 from training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 PREEMPTED = 75
-SECONDS_FOR_LAST_WORDS = 1.0
 
 
 def train(config: RunConfig, overrides: list[str]) -> int:
@@ -41,7 +38,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
             recorder = Recorder(config, directory)
         return standing
 
-    with terminable(), process_group(COLLECTIVE_TIMEOUT) as process:
+    with stoppable() as stop, process_group(COLLECTIVE_TIMEOUT) as process:
         trainer = None
         try:
             standing = on_rank_zero(begin)
@@ -49,7 +46,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
                 if process.rank == 0:
                     print(standing)
                 return 0
-            trainer = Trainer(config, process, recorder)
+            trainer = Trainer(config, process, recorder, stop)
             completed = trainer.run()
         except BaseException as error:
             failure = _as_peer_error(error)
@@ -58,24 +55,12 @@ def train(config: RunConfig, overrides: list[str]) -> int:
                 raise
             raise failure from error
         if recorder is not None:
-            reason = f"reached train.steps={config.train.steps}" if completed else "train.exit_after"
+            reason = f"reached train.steps={config.train.steps}" if completed else stop.signal or "train.exit_after"
+            if not completed:
+                recorder.console.note(f"stopped by {reason} and saved at step {trainer.step}: start again to continue")
             recorder.close("completed" if completed else "preempted", trainer.step, reason)
         # torchrun takes every other code for a failure, and restarts.
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a run that is ended can still put down how it stands."""
-
-    def end(*_: object) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _as_peer_error(error: BaseException) -> BaseException:
@@ -91,19 +76,21 @@ def _put_down(
     """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
     if recorder is not None:
         with suppress(StorageError):  # the first error tells more
-            reason = f"{type(error).__name__}: {error}"
-            status = recorder.directory.read_status()
-            if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
-                reason = status.reason  # the rank that failed on its own knows better
-            recorder.close("failed", step, reason)
-    elif process.rank == 0:
-        return  # nothing is owned yet, and what is wrong is about to be printed
-    elif isinstance(error, RunError):
-        # torchrun ends all ranks once one has ended, and rank 0 still has to put down why.
-        time.sleep(SECONDS_FOR_LAST_WORDS)
-    elif isinstance(error, Exception):
+            recorder.close(*_last_status(error, recorder.directory, step))
+    elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
         print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+
+
+def _last_status(error: BaseException, directory: RunDirectory, step: int | None) -> tuple[State, int | None, str]:
+    before, status = directory.previous, directory.read_status()
+    if step is None and before is not None and before.state == "completed":
+        return before.state, before.step, before.reason  # a start that is refused takes nothing away
+    if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
+        return "failed", step, status.reason  # the rank that failed on its own knows better
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        return "failed", step, f"ended by {signal.Signals(error.code - 128).name}"
+    return "failed", step, f"{type(error).__name__}: {error}"
 
 
 def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | None:

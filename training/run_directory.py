@@ -155,7 +155,11 @@ def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.
     """
     before, now = (_identity(restore_config(values)) for values in (saved, current))
-    return [f"{key}: was {_shown(before[key])}, now {_shown(now[key])}" for key in now if before[key] != now[key]]
+    return [
+        f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
 
 
 def restore_config(values: dict[str, Any]) -> RunConfig:
@@ -194,6 +198,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
     data["data.seq_length"] = config.seq_length
     del data["data.num_workers"]
+    if config.data.path is not None:
+        del data["data.corpus"]  # which the path overrules
     return {**model, **data, "seed": config.seed}
 
 

@@ -9,7 +9,13 @@ import torch.distributed as dist
 from core.loss import IGNORED_LABEL
 from data.batches import MicroBatch
 from parallel.data_parallel import DataParallel
-from parallel.gradients import local_gradients, scale_gradients, square_sum
+from parallel.gradients import (
+    local_gradients,
+    partial_parameters,
+    scale_gradients,
+    square_sum,
+    sum_partial_gradients,
+)
 from parallel.mesh import ParallelMesh
 
 
@@ -24,10 +30,18 @@ class StepNumbers:
 
     def read(self) -> tuple[float, float]:
         """(loss a token, gradient norm before clipping), once they have arrived."""
+        loss, gradient_norm, _ = self._values()
+        return loss, gradient_norm
+
+    def stop_requested(self) -> bool:
+        """Whether any rank had been asked to stop when it took the step, once that has arrived."""
+        return self._values()[2] > 0
+
+    def _values(self) -> list[float]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, gradient_norm = self._host.tolist()
-        return loss, gradient_norm
+        values: list[float] = self._host.tolist()
+        return values
 
 
 @dataclass(frozen=True)
@@ -40,13 +54,24 @@ class StepResult:
     micro_batches: Sequence[MicroBatch]
 
 
-def batch_to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, each `[micro_batch, seq]`, on the device."""
-    host = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-    if device.type != "cuda":
-        return host
-    input_ids, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in host)
-    return input_ids, labels
+@dataclass(frozen=True)
+class Accumulated:
+    """What the micro-batches of a step left behind, beside gradients."""
+
+    local_losses: torch.Tensor
+    """`[micro_batches]` float64: the summed loss of each on this rank."""
+    tokens: torch.Tensor
+    """Float64 scalar: tokens of the global batch that count in its loss."""
+
+
+def batch_to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids and labels, each `[micro_batch, seq]`, and sample indices `[micro_batch]`, on the device."""
+    arrays = batch.input_ids, batch.labels, batch.sample_indices
+    input_ids, labels, sample_indices = (
+        tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        for tensor in map(torch.from_numpy, arrays)
+    )
+    return input_ids, labels, sample_indices
 
 
 def count_tokens(labels: Sequence[torch.Tensor], mesh: ParallelMesh) -> torch.Tensor:
@@ -77,41 +102,53 @@ class TrainStep:
         self.mesh = mesh
         self.clip_grad = clip_grad
         self.device = device
+        self._partial = partial_parameters(data_parallel.model, mesh.tensor)
         self._non_finite = torch.zeros((), dtype=torch.float32, device=device)
 
-    def __call__(self, step: int, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Start step `step` on this rank's micro-batches of the global batch."""
-        local_losses, tokens = self._forward_backward(micro_batches)
-        gradients = local_gradients(self.parameters)
-        totals = torch.stack([local_losses.sum(), square_sum(gradients, self.mesh)])
-        dist.all_reduce(totals, group=self.mesh.data_group)
-        loss, gradient_norm = totals[0] / tokens, totals[1].sqrt()
-        self._update(gradients, loss, gradient_norm, learning_rate)
-        return StepResult(step, StepNumbers(torch.stack([loss, gradient_norm])), local_losses, micro_batches)
+    def __call__(
+        self, step: int, micro_batches: Sequence[MicroBatch], learning_rate: float, *, stop: bool = False
+    ) -> StepResult:
+        """Start step `step` on this rank's micro-batches of the global batch; `stop` lets all ranks know of a wish."""
+        return self.update(step, self.accumulate(micro_batches), micro_batches, learning_rate, stop=stop)
 
-    def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accumulate gradients of the mean loss over the global batch.
-
-        Returns this rank's summed losses `[micro_batches]` and the tokens of the global batch, both float64.
-        """
+    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Accumulated:
+        """Leave in every parameter's `grad` the gradient of the mean loss over the global batch, not yet clipped."""
         batches = [batch_to_device(batch, self.device) for batch in micro_batches]
-        tokens = count_tokens([labels for _, labels in batches], self.mesh)
+        tokens = count_tokens([labels for _, labels, _ in batches], self.mesh)
         losses = []
-        for index, (input_ids, labels) in enumerate(batches):
+        for index, batch in enumerate(batches):
             self.data_parallel.before_micro_batch(last=index == len(batches) - 1)
-            loss = self.data_parallel.model(input_ids, labels)
+            loss = self.data_parallel.model(*batch)
             losses.append(loss.detach().double())
             (loss / tokens.to(loss.dtype)).backward()
-        return torch.stack(losses), tokens
+        sum_partial_gradients(self._partial, self.mesh.tensor)
+        return Accumulated(torch.stack(losses), tokens)
 
-    def _update(
-        self, gradients: list[torch.Tensor], loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float
-    ) -> None:
+    def update(
+        self,
+        step: int,
+        accumulated: Accumulated,
+        micro_batches: Sequence[MicroBatch],
+        learning_rate: float,
+        *,
+        stop: bool = False,
+    ) -> StepResult:
+        """Sum loss, squared gradient norm and wishes to stop over all ranks in one collective, clip, and move."""
+        # Tensor-parallel ranks feed the same samples.
+        own_loss = accumulated.local_losses.sum() * (self.mesh.tp_rank == 0)
+        totals = torch.stack([own_loss, square_sum(self.parameters, self.mesh), own_loss.new_tensor(float(stop))])
+        dist.all_reduce(totals)
+        loss, gradient_norm = totals[0] / accumulated.tokens, totals[1].sqrt()
+        self._move(loss, gradient_norm, learning_rate)
+        numbers = StepNumbers(torch.stack([loss, gradient_norm, totals[2]]))
+        return StepResult(step, numbers, accumulated.local_losses, micro_batches)
+
+    def _move(self, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
         """Clip and step on the device; fused optimizers skip the step where `found_inf` is 1."""
         finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         self._non_finite = torch.maximum(self._non_finite, (~finite).float())
         if self.clip_grad:
-            scale_gradients(gradients, (self.clip_grad / (gradient_norm + 1e-6)).clamp(max=1.0))
+            scale_gradients(local_gradients(self.parameters), (self.clip_grad / (gradient_norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.found_inf = self._non_finite  # type: ignore[attr-defined]

@@ -1,6 +1,8 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,26 +10,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.batches import BatchReader
+from data.batches import BatchReader, MicroBatch
 from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import TIKTOKEN_SUFFIX, find_tokenizer
-from models.gpt import build_meta_model
-from parallel.data_parallel import shard_data_parallel
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero
+from parallel.sharding import logical_shapes
+from parallel.traffic import Traffic
+from training.assembly import assemble
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
+from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
-from training.precision import choose_precision
 from training.recorder import Recorder
 from training.run_directory import difference
 from training.samples import describe_non_finite, gather_samples
 from training.schedule import learning_rate
+from training.stop import StopRequest
 from training.timing import StepTimer, peak_memory_gb
 from training.train_step import StepResult, TrainStep, batch_to_device, count_tokens
 
@@ -35,20 +39,17 @@ from training.train_step import StepResult, TrainStep, batch_to_device, count_to
 class Trainer:
     """One run: model, optimizer, data and where it stands in them."""
 
-    def __init__(self, config: RunConfig, process: ProcessInfo, recorder: Recorder | None) -> None:
+    def __init__(self, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, stop: StopRequest) -> None:
         """Collective. Builds or restores everything; `recorder` is there on rank 0 alone."""
-        self.config, self.device, self.recorder = config, process.device, recorder
+        self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.saved_step = 0
         self.consumed_samples = 0
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
-        precision = choose_precision(config.train.precision)
-        model = build_meta_model(config.model, precision.master)
-        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        self.data_parallel = shard_data_parallel(
-            model, model.sharding_units(), self.mesh, config.parallel.zero, precision.compute
-        )
+        self.data_parallel = assemble(config, self.mesh)
+        self.shapes = logical_shapes(self.data_parallel.model)
+        self.parameter_count = sum(shape.numel() for shape in self.shapes.values())
         self._restore_or_initialize()
         self.train_step = TrainStep(
             self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device
@@ -56,21 +57,24 @@ class Trainer:
         self.timer = StepTimer()
 
     def run(self) -> bool:
-        """Train until `train.steps`, then True; or until `train.exit_after`, then False."""
+        """Train until `train.steps`, then True; or until `train.exit_after` or a request to stop, then False."""
         config = self.config
         if self.recorder:
             self.recorder.console.start(config, self.parameter_count, self._device_name())
             self.recorder.running(self.step)
         first_step = self.step
+        self.stop.heeded = True
         reader = self._reader(self.splits.train)
         unchecked: StepResult | None = None
-        while self.step < config.train.steps and self.step - first_step != config.train.exit_after:
+        stopping = False
+        while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
             with self.timer.step():
                 with self.timer.waiting_for_data():
                     micro_batches = reader.read(self.consumed_samples)
-                result = self.train_step(self.step + 1, micro_batches, learning_rate(config, self.step + 1))
+                result = self._take_step(micro_batches, count_traffic=self.step == first_step)
                 # The device is busy with this step while the host looks at the one before.
                 self._check(unchecked)
+                stopping = unchecked is not None and unchecked.numbers.stop_requested()
                 unchecked = result
                 if self._log_is_due(self.step + 1):
                     self._check(result)
@@ -85,6 +89,14 @@ class Trainer:
         self._check(unchecked)
         reader.close()
         return self._finish(first_step)
+
+    def _take_step(self, micro_batches: Sequence[MicroBatch], *, count_traffic: bool) -> StepResult:
+        step, stop = self.step + 1, self.stop.signal is not None
+        with Traffic(self.mesh) if count_traffic else nullcontext() as traffic:
+            result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
+        if self.recorder and traffic is not None and traffic.bytes:
+            self.recorder.console.traffic(traffic.bytes)
+        return result
 
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
@@ -140,7 +152,7 @@ class Trainer:
         if chosen is not None:
             path, manifest = chosen
             self._check_same_run(path, manifest.state)
-            load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer))
+            load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer, self.shapes))
             self.step = self.saved_step = manifest.step
             self.consumed_samples = manifest.state["consumed_samples"]
             self._note(f"resumed from {path}")
@@ -157,7 +169,9 @@ class Trainer:
         of_model = [line for line in differences if line.startswith("model.")]
         if of_model:
             raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
-        weights = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        weights: dict[str, torch.Tensor] = {
+            f"model.{name}": tensor_part(value, self.shapes[name]) for name, value in self.parameters.items()
+        }
         load_checkpoint(path, manifest, weights)
         self._note(f"weights from {path}")
 
@@ -191,7 +205,7 @@ class Trainer:
             "data": self.splits.fingerprint,
             "torch": torch.__version__,
         }
-        tensors = training_tensors(self.parameters, self.optimizer)
+        tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
         save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
         self.saved_step = self.step
         if self.recorder:
@@ -201,12 +215,13 @@ class Trainer:
         """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike."""
         if result is None or all(map(math.isfinite, result.numbers.read())):
             return
-        raise NonFiniteError(describe_non_finite(result.step, result.local_losses.tolist(), result.micro_batches))
+        losses = result.local_losses.tolist()
+        raise NonFiniteError(describe_non_finite(result.step, losses, result.micro_batches, self.mesh))
 
     def _report(self, result: StepResult) -> None:
         config = self.config
         if config.log.sample_ids:
-            fed = gather_samples(result.micro_batches)
+            fed = gather_samples(result.micro_batches, self.mesh)
             if self.recorder and fed:
                 self.recorder.samples(self.step, fed)
         if self.recorder is None:
@@ -244,10 +259,10 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index in range(batches):
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]
-            losses = [self.data_parallel.model(input_ids, labels).double() for input_ids, labels in on_device]
+            losses = [self.data_parallel.model(input_ids, labels).double() for input_ids, labels, _ in on_device]
             loss = torch.stack(losses).sum()
             dist.all_reduce(loss, group=self.mesh.data_group)
-            totals += torch.stack([loss, count_tokens([labels for _, labels in on_device], self.mesh)])
+            totals += torch.stack([loss, count_tokens([labels for _, labels, _ in on_device], self.mesh)])
         self.data_parallel.reshard()
         reader.close()
         loss, tokens = totals.tolist()

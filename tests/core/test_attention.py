@@ -9,6 +9,7 @@ from core.attention import KeyValueCache, SelfAttention
 from core.config import ModelConfig
 from core.rotary import apply_rotary, rotary_table
 from parallel.initialization import materialize
+from parallel.tensor import TensorParallel
 
 BATCH, SEQ, HIDDEN, HEADS = 2, 9, 48, 6
 
@@ -19,7 +20,7 @@ def build(groups, head_dim=None, bias=True):
         init_std=0.3,
     )  # fmt: skip
     with torch.device("meta"):
-        attention = SelfAttention(config).double()
+        attention = SelfAttention(config, TensorParallel()).double()
     materialize(attention, 0, torch.device("cpu"))
     return attention
 

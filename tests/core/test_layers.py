@@ -8,6 +8,7 @@ from core.embedding import LanguageModelEmbedding
 from core.mlp import build_mlp
 from core.norm import LayerNorm, RMSNorm
 from parallel.initialization import materialize
+from parallel.tensor import TensorParallel
 
 EPS = 1e-5
 
@@ -30,7 +31,11 @@ def filled(module):
 
 
 @pytest.mark.parametrize(
-    ("norm", "formula"), [(LayerNorm(64, EPS, bias=True), layer_norm), (RMSNorm(64, EPS), rms_norm)]
+    ("norm", "formula"),
+    [
+        (LayerNorm(64, EPS, bias=True, tensor=TensorParallel()), layer_norm),
+        (RMSNorm(64, EPS, tensor=TensorParallel()), rms_norm),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norms_compute_in_at_least_float32(norm, formula, dtype):
@@ -46,7 +51,7 @@ def test_norms_compute_in_at_least_float32(norm, formula, dtype):
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
 def test_mlp_is_its_formula(activation, bias):
     config = ModelConfig(hidden_size=16, num_attention_heads=2, ffn_hidden_size=40, activation=activation, bias=bias)
-    mlp = filled(build_mlp(config))
+    mlp = filled(build_mlp(config, TensorParallel()))
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     up = mlp.up(x)
     inner = {
@@ -61,7 +66,7 @@ def test_mlp_is_its_formula(activation, bias):
 def test_learned_positions_are_added_at_the_positions_given():
     config = ModelConfig(vocab_size=11, hidden_size=4, num_attention_heads=1, max_position_embeddings=7)
     with torch.device("meta"):
-        embedding = LanguageModelEmbedding(config)
+        embedding = LanguageModelEmbedding(config, TensorParallel())
     materialize(embedding, 0, torch.device("cpu"))
     ids, positions = torch.tensor([[3, 9]]), torch.tensor([5, 6])
     expected = embedding.word.weight[ids] + embedding.position.weight[positions]

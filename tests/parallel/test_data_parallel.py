@@ -13,8 +13,8 @@ from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
 from parallel.data_parallel import shard_data_parallel
 from parallel.initialization import materialize
+from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
-from tests.pool import run_ranks
 from training.config import OptimizerConfig
 from training.optimizer import build_optimizer
 from training.precision import PRECISIONS
@@ -99,9 +99,9 @@ def layout_rank(rank, world_size, model_name, dp_replicate, dp_shard, zero, micr
         input_ids, labels = ragged_batch(number)
         starts = range(mesh.dp_rank * micro_batch_size, SAMPLES, world_size * micro_batch_size)
         parts = [slice(start, start + micro_batch_size) for start in starts]
-        return [MicroBatch(input_ids[part], labels[part], []) for part in parts]
+        return [MicroBatch(input_ids[part], labels[part], [], np.arange(len(input_ids))[part]) for part in parts]
 
-    step._forward_backward(micro_batches(0))
+    step.accumulate(micro_batches(0))
     gradients = {name: whole(parameter.grad) for name, parameter in parameters.items()}
     step.optimizer.zero_grad()
     numbers = [step(index + 1, micro_batches(index), OPTIMIZER.lr).numbers.read() for index in range(STEPS)]
@@ -175,13 +175,13 @@ def collectives(rank, world_size, dp_replicate, dp_shard, zero, micro_batches):
     materialize(model, SEED, torch.device("cpu"))
     step = TrainStep(data_parallel, build_optimizer(model, OPTIMIZER), mesh, 1.0, torch.device("cpu"))
     input_ids, labels = ragged_batch(0)
-    batches = [MicroBatch(input_ids[:2], labels[:2], [])] * micro_batches
+    batches = [MicroBatch(input_ids[:2], labels[:2], [], np.arange(2))] * micro_batches
     with torch.no_grad():
         model(torch.from_numpy(input_ids[:2]), torch.from_numpy(labels[:2]))
     data_parallel.reshard()
     sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     with Collectives() as counter:
-        step._forward_backward(batches)
+        step.accumulate(batches)
     return list(counter.counts.values()), sharded
 
 

@@ -4,16 +4,18 @@ import torch
 from torch import nn
 
 from parallel.initialization import materialize
-from parallel.layers import Embedding, Linear
+from parallel.tensor import ColumnParallelLinear, TensorParallel, VocabParallelEmbedding
+
+ALONE = TensorParallel()
 
 
 class Pair(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         with torch.device("meta"):
-            self.first = Linear(20, 30, bias=True, init_std=0.5)
-            self.second = Linear(20, 30, bias=True, init_std=0.5)
-            self.table = Embedding(30, 20, init_std=2.0)
+            self.first = ColumnParallelLinear(20, 30, bias=True, init_std=0.5, tensor=ALONE)
+            self.second = ColumnParallelLinear(20, 30, bias=True, init_std=0.5, tensor=ALONE)
+            self.table = VocabParallelEmbedding(30, 20, init_std=2.0, tensor=ALONE)
         self.to(dtype)
 
 
@@ -33,7 +35,7 @@ def test_names_and_seeds_give_different_weights():
 def test_a_parameter_does_not_depend_on_those_around_it():
     alone = nn.Module()
     with torch.device("meta"):
-        alone.second = Linear(20, 30, bias=True, init_std=0.5)
+        alone.second = ColumnParallelLinear(20, 30, bias=True, init_std=0.5, tensor=ALONE)
     materialize(alone, 0, torch.device("cpu"))
     assert torch.equal(alone.second.weight, build().second.weight)
 

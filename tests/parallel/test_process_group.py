@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from parallel.local_ranks import run_ranks
 from parallel.process_group import is_peer_failure, on_rank_zero, process_group
-from tests.pool import run_ranks
 from training.errors import ConfigError
 
 

@@ -61,4 +61,4 @@ def test_wrong_uses_are_refused(run_dir, capsys, words, exit_code, said):
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 78
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "is no directory" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tests.pool import RankError, run_ranks
+from parallel.local_ranks import RankError, run_ranks
 from training import checkpoint_storage
 from training.checkpoint import (
     choose_checkpoint,
@@ -291,7 +291,7 @@ def test_choosing(tmp_path, one_rank):
         _save(tmp_path, step)
     assert choose_checkpoint(tmp_path, "auto", "auto")[1].step == 20
     assert choose_checkpoint(tmp_path, "10", "auto")[1].step == 10
-    with pytest.raises(StorageError, match=r"resume=15: no such step in .*; steps there: 20, 10"):
+    with pytest.raises(StorageError, match=r"no checkpoint of step 15 in .*; steps there: 20, 10"):
         choose_checkpoint(tmp_path, "15", "auto")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 from hypothesis import given
@@ -74,8 +75,8 @@ BAD = [
     ("log.wandb=of", "did you mean off?", "offline, online"),
     ("data.corpus=sampel", "did you mean sample?"),
     # not built yet
-    ("parallel.tp=2 world_size=2", "parallel.tp=2 is not available in this version; use parallel.tp=1"),
-    ("parallel.sequence=true", "parallel.sequence=true is not available in this version; use one of null, false"),
+    ("parallel.pp=2 world_size=2", "parallel.pp=2 is not available in this version; use parallel.pp=1"),
+    ("train.recompute=selective", "train.recompute=selective is not available in this version; use one of none, full"),
     ("train.precision=tf32", "train.precision=tf32 is not available in this version; use one of fp32, bf16, fp64"),
     ("model.num_experts=8", "use model.num_experts=null"),
     ("model.activation=relu2", "model.activation=relu2 is not available"),
@@ -97,10 +98,65 @@ BAD = [
     (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
     (f"{GPT2} model.vocab_size=300", "less than the 1536 tokens", "null or at least 1536"),
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
+    # ranks
+    (
+        "world_size=6 parallel.tp=4",
+        "world_size=6 with parallel.tp=4: tp must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits",
+    ),
+    ("world_size=6 parallel.dp_replicate=4", "dp_replicate must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits"),
+    (f"{GPT2} world_size=10 parallel.tp=4", "tp must divide 10: 1, 2, 5, 10 (the model allows 1, 2)"),
+    (
+        "world_size=6 parallel.dp_shard=4",
+        "world_size=6 with parallel.dp_shard=4: dp_shard must be 6 or -1; world_size=4",
+    ),
+    ("world_size=8 parallel.dp_shard=1", "parallel.dp_shard=1: dp_shard must be 8 or -1; world_size=1 fits"),
+    (
+        "world_size=12 parallel.dp_replicate=4 parallel.tp=2",
+        "world_size=12 with parallel.dp_replicate=4, parallel.tp=2: dp_replicate * tp = 8 must divide 12",
+        "; dp_replicate may be 1, 2, 3, 6; tp may be 1, 3; world_size=8 or 16 fits",
+    ),
+    (
+        "world_size=8 parallel.dp_shard=3 parallel.tp=2",
+        "dp_shard * tp = 6 must equal 8; dp_shard may be 4 or -1; world_size=6 fits",
+    ),
+    # what tensor-parallel ranks share
+    (
+        "world_size=8 parallel.tp=8",
+        "parallel.tp=8 does not divide model.num_attention_heads=12",
+        "whole heads; try parallel.tp=4",
+    ),
+    (
+        "world_size=20 parallel.tp=5 train.global_batch_size=20",
+        "parallel.tp=5 does not divide model.num_attention_heads=12",
+        "try parallel.tp=4",
+    ),
+    (
+        "world_size=4 parallel.tp=4 model.num_query_groups=6",
+        "parallel.tp=4 and model.num_query_groups=6: one must divide the other",
+        "try parallel.tp=2, or model.num_query_groups=4 or 12",
+    ),
+    (
+        "world_size=4 parallel.tp=4 model.ffn_hidden_size=382",
+        "parallel.tp=4 does not divide model.ffn_hidden_size=382,",
+        "try parallel.tp=2, or model.ffn_hidden_size=380 or 384",
+    ),
+    (
+        "world_size=12 parallel.tp=12 model.hidden_size=180 model.ffn_hidden_size=null",
+        "parallel.tp=12 does not divide model.ffn_hidden_size=512 (derived, as it is null)",
+        "try parallel.tp=4, or model.ffn_hidden_size=504 or 516",
+    ),
+    (
+        "world_size=4 parallel.tp=4 data.seq_length=90",
+        "parallel.tp=4 does not divide data.seq_length=90",
+        "try data.seq_length=88 or 92, or parallel.sequence=false",
+    ),
+    (
+        f"{GPT2} world_size=3 parallel.tp=3 parallel.sequence=true",
+        "parallel.tp=3 does not divide data.seq_length=1024",
+        "try data.seq_length=1023, or parallel.sequence=false",
+    ),
+    ("world_size=4 parallel.tp=4 data.seq_length=3", "try data.seq_length=4, or parallel.sequence=false"),
     # ranks and batches
-    ("world_size=6 parallel.dp_replicate=4", "4 must divide 6", "may be 1, 2, 3, 6", "world_size=4 or 8 fits"),
-    ("world_size=6 parallel.dp_shard=4", "4 must equal 6", "parallel.dp_shard may be 6", "world_size=4 fits"),
-    ("world_size=8 parallel.dp_shard=1", "parallel.dp_shard=1: 1 must equal 8", "world_size=1 fits"),
     ("parallel.dp_shard=0", "use -1 for all ranks that remain, or at least 1"),
     ("world_size=3 train.global_batch_size=8", "not divisible by 3", "train.global_batch_size=6 or 9"),
     ("world_size=16 train.global_batch_size=8", "not divisible by 16", "try train.global_batch_size=16"),
@@ -151,8 +207,8 @@ def test_every_problem_is_reported_at_once():
         compose(["tp=2", "model=x", "train.steps=ten", "seed=3"])
     assert len(caught.value.args) == len(str(caught.value).splitlines()) == 3
     with pytest.raises(ConfigError) as caught:
-        resolve(compose(["data=files", "parallel.tp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
-    assert len(caught.value.args) == 6  # one rank is no multiple of tp=2 either
+        resolve(compose(["data=files", "parallel.pp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
+    assert len(caught.value.args) == 6  # one rank is no multiple of pp=2 either
 
 
 @pytest.mark.parametrize(
@@ -191,23 +247,66 @@ def test_every_type_has_words():
     assert describe_type(int | None) == "an integer or null"
 
 
-@given(world=st.integers(1, 64), replicate=st.integers(1, 16), shard=st.sampled_from([-1, 1, 2, 3, 4, 6, 8]))
-def test_the_sizes_that_a_refused_layout_names_are_legal(world, replicate, shard):
-    def problems(world, replicate, shard):
-        layout = dataclasses.replace(BASE.parallel, dp_replicate=replicate, dp_shard=shard)
+SIZES = st.integers(1, 16)
+
+
+@given(world=st.integers(1, 64), dp_replicate=SIZES, dp_shard=st.sampled_from([-1, 1, 2, 3, 4, 6, 8]), tp=SIZES)
+def test_the_sizes_that_a_refused_layout_names_are_legal(world, **sizes):
+    def problems(world, **sizes):
+        layout = dataclasses.replace(BASE.parallel, **sizes)
         return list(checks.check_world(dataclasses.replace(BASE, world_size=world, parallel=layout)))
 
-    found = problems(world, replicate, shard)
-    legal = world % replicate == 0 if shard == -1 else world == replicate * shard
+    found = "".join(problems(world, **sizes))
+    fixed = sizes["dp_replicate"] * sizes["tp"]
+    legal = world % fixed == 0 if sizes["dp_shard"] == -1 else world == fixed * sizes["dp_shard"]
     assert bool(found) != legal
-    for hint in "".join(found).split("; ")[1:]:
-        key, _, values = hint.replace(" fits", "").replace(" may be ", "=").partition("=")
-        for value in map(int, values.replace(" or ", ", ").split(", ")):
-            changed = {"world": world, "replicate": replicate, "shard": shard}
-            changed[
-                {"world_size": "world", "parallel.dp_replicate": "replicate", "parallel.dp_shard": "shard"}[key]
-            ] = value
-            assert not problems(**changed)
+    named = re.findall(r"(dp_replicate|dp_shard|tp) (?:may be|must be|must divide \d+:) ([-\d, or]+)", found)
+    for key, values in named:
+        for value in map(int, re.findall(r"-?\d+", values)):
+            assert not problems(world, **{**sizes, key: value})
+    for fit in re.findall(r"\d+", found.rpartition("; world_size=")[2]):
+        assert not problems(int(fit), **sizes)
+
+
+TENSOR_RULES = [rule for rule in checks.RELATIONS if rule.__name__.startswith("check_tensor_")]
+
+
+@given(
+    tp=SIZES,
+    groups=SIZES,
+    shares=st.integers(1, 4),
+    ffn=st.integers(1, 100),
+    length=st.integers(1, 40),
+    sequence=st.sampled_from([None, False, True]),
+    positions=st.sampled_from(["learned", "rope"]),
+)
+def test_tensor_parallel_ranks_share_equally_and_what_a_refusal_names_is_legal(
+    tp, groups, shares, ffn, length, sequence, positions
+):
+    model = dataclasses.replace(
+        BASE.model,
+        num_attention_heads=groups * shares,
+        num_query_groups=groups,
+        ffn_hidden_size=ffn,
+        max_position_embeddings=length,
+        position_embedding=positions,
+    )
+    layout = dataclasses.replace(BASE.parallel, tp=tp, sequence=sequence)
+    config = dataclasses.replace(BASE, model=model, parallel=layout)
+    equally = model.num_attention_heads % tp == 0 == ffn % tp
+    equally &= groups % tp == 0 or tp % groups == 0
+    equally &= sequence is False or length % tp == 0
+    found = {rule: "".join(rule(config)) for rule in TENSOR_RULES}
+    assert any(found.values()) != equally
+    for rule, message in found.items():
+        for key, values in re.findall(r"([a-z]+\.\w+)=((?:\d+|false)(?: or \d+)?)", message.partition("; try ")[2]):
+            for value in values.split(" or "):
+                group, _, name = key.partition(".")
+                section = dataclasses.replace(getattr(config, group), **{name: value != "false" and int(value)})
+                changed = dataclasses.replace(config, **{group: section})
+                cured = TENSOR_RULES if key == "parallel.tp" else [rule]
+                assert not [problem for rule in cured for problem in rule(changed)], message
+                assert not list(checks.check_positions(changed))
 
 
 @given(batch=st.integers(1, 200), ranks=st.integers(1, 12), micro=st.none() | st.integers(1, 12))

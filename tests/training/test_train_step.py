@@ -14,6 +14,7 @@ from parallel.data_parallel import shard_data_parallel
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import process_group
+from parallel.sharding import logical_shapes
 from training.config import OptimizerConfig
 from training.optimizer import build_optimizer, training_tensors
 from training.precision import PRECISIONS
@@ -40,11 +41,14 @@ def build(clip_grad=1.0, precision="fp32", model_config=CONFIG, **optimizer):
 
 def batch(seed=0, rows=2):
     tokens = np.random.default_rng(seed).integers(0, 31, (rows, 9))
-    return MicroBatch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), [])
+    return MicroBatch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), [], np.arange(len(tokens)))
 
 
 def state(model, step):
-    return {name: t.clone() for name, t in training_tensors(dict(model.named_parameters()), step.optimizer).items()}
+    return {
+        name: t.plain.clone()
+        for name, t in training_tensors(dict(model.named_parameters()), step.optimizer, logical_shapes(model)).items()
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
@@ -103,11 +107,16 @@ def test_the_loss_is_a_mean_over_tokens_that_count_wherever_they_lie():
     whole = batch(rows=4)
     whole.labels[0, :] = -100
     whole.labels[1, 2:] = -100
-    parts = [MicroBatch(whole.input_ids[rows], whole.labels[rows], []) for rows in (slice(0, 1), slice(1, 4))]
-    losses, tokens = step._forward_backward([whole])
+    parts = [
+        MicroBatch(whole.input_ids[rows], whole.labels[rows], [], whole.sample_indices[rows])
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    accumulated = step.accumulate([whole])
+    losses, tokens = accumulated.local_losses, accumulated.tokens
     once = [parameter.grad.clone() for parameter in model.parameters()]
     step.optimizer.zero_grad()
-    split_losses, split_tokens = step._forward_backward(parts)
+    accumulated = step.accumulate(parts)
+    split_losses, split_tokens = accumulated.local_losses, accumulated.tokens
     assert tokens == split_tokens == 2 + 8 + 8
     torch.testing.assert_close(losses.sum(), split_losses.sum(), rtol=1e-12, atol=0)
     for parameter, gradient in zip(model.parameters(), once, strict=True):

@@ -1,4 +1,7 @@
-"""Runs a function on the ranks of a gloo group, in processes forked from a server that has already imported torch."""
+"""Runs a function on local ranks of a gloo group, in processes forked from a server that has already imported torch.
+
+Pickled bytes travel between a caller and its own ranks only, as `multiprocessing` itself does it.
+"""
 
 import contextlib
 import datetime
@@ -27,6 +30,7 @@ PRELOADED = [
     "hypothesis",
     "pytest",
 ]
+"""What the server imports before it forks; of tests, what is not installed is passed over."""
 SECONDS_TO_EXIT = 10
 
 
@@ -138,7 +142,7 @@ def _rank_main(
         if store is not None:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(str(store), world_size),
+                store=dist.FileStore(str(store), world_size),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=timeout),

@@ -1,4 +1,4 @@
-"""The pool itself: results, failures, deaths, time limits and environments."""
+"""Local ranks: results, failures, deaths, time limits and environments."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import RankError, run_ranks
+from parallel.local_ranks import RankError, run_ranks
 
 
 def _sum_of_ranks(rank, world_size, offset):
@@ -37,7 +37,7 @@ def _environment(rank, world_size):
     assert not dist.is_initialized()
     dist.init_process_group("gloo")
     everyone = [None] * world_size
-    dist.all_gather_object(everyone, (os.environ["LOCAL_RANK"], os.environ["KILOTRON_POOL_TEST"]))
+    dist.all_gather_object(everyone, (os.environ["LOCAL_RANK"], os.environ["KILOTRON_RANKS_TEST"]))
     return everyone, torch.get_num_threads()
 
 
@@ -64,6 +64,6 @@ def test_a_hung_rank_is_ended():
 
 
 def test_torchrun_environment_and_the_callers_own(monkeypatch):
-    monkeypatch.setenv("KILOTRON_POOL_TEST", "seen")
+    monkeypatch.setenv("KILOTRON_RANKS_TEST", "seen")
     results = run_ranks(2, _environment, initialize=False)
     assert results == [([("0", "seen"), ("1", "seen")], 1)] * 2

@@ -1,0 +1,124 @@
+"""Dropout as a pure function: a hash of where an element stands decides whether it is kept."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+GOLDEN = 0x9E3779B97F
+"""2^40 / golden ratio, odd: coordinates enter the hash as its multiples, which spread them over many bits. Not 2^64:
+torch.compile makes channels a C++ loop's index, whose multiples must not overflow (seen to overrun memory)."""
+
+ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+"""Shift and multiplier of each round of SplitMix64's finaliser, as signed numbers, which is what int64 tensors take."""
+
+CPU_BLOCK_BYTES = 2 * 2**20
+"""Size of an int64 temporary on a CPU, where it stays in the cache; elsewhere GPU_BLOCK_BYTES, little beside memory."""
+
+GPU_BLOCK_BYTES = 32 * 2**20
+
+Bits = TypeVar("Bits", int, torch.Tensor)
+
+
+class DropoutSite(enum.IntEnum):
+    """Where in a layer dropout stands. The numbers enter the hash: changing one changes every later run."""
+
+    EMBEDDING = 0
+    ATTENTION = 1
+    MLP = 2
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What all the dropout of one forward pass shares."""
+
+    rate: float
+    """Probability of dropping an element, in [0, 1)."""
+    rows: torch.Tensor
+    """int64 `[batch, seq]`, a hash of seed, sample and position."""
+
+    @classmethod
+    def build(cls, rate: float, seed: int, sample_indices: torch.Tensor, positions: torch.Tensor) -> "DropoutKey":
+        """The key of these rows; a rank that holds part of a sequence or batch passes that part's global numbers.
+
+        Args:
+            rate: probability of dropping an element, in [0, 1).
+            seed: of the run.
+            sample_indices: int64 `[batch]`, each sample's index in the run.
+            positions: int64 `[seq]`, each token's place in its sample (not in its document: no two may be equal).
+        """
+        # From seed + 1, because zero is a fixed point of the hash.
+        samples = _mix(sample_indices * GOLDEN + _signed(_mix((seed + 1) * GOLDEN)))
+        return cls(rate, _mix(samples.unsqueeze(1) + positions * GOLDEN))
+
+
+def dropout(x: torch.Tensor, key: DropoutKey | None, layer: int, site: DropoutSite) -> torch.Tensor:
+    """Each element of `x` `[batch, seq, hidden]` is 0 with probability `key.rate`, else multiplied by 1 / (1 - rate).
+
+    An element is dropped if its hash of (seed, sample, position; layer, site; channel) lies in the lowest `rate` of the
+    range of int64. So every layout, every kind of device and every recomputation drops the same ones, and nothing is
+    saved for backward but a number a row.
+
+    Args:
+        x: the whole hidden dimension of the rows that `key` names.
+        key: None where nothing is dropped, as in evaluation; then, and with rate 0, the result is `x` itself.
+        layer: index in the whole model; any constant where there is no layer.
+        site: which of the layer's dropouts this is.
+
+    Raises ValueError if `key` is not one of `[batch, seq]` rows.
+    """
+    if key is None or key.rate == 0.0:
+        return x
+    if key.rows.shape != x.shape[:-1]:
+        raise ValueError(f"dropout of {tuple(x.shape)} takes a key of its rows, not one of {tuple(key.rows.shape)}")
+    rows = _mix(key.rows + _signed(_mix(_mix((layer + 1) * GOLDEN) + site * GOLDEN)))
+    return _Dropout.apply(x, rows, key.rate)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, rate: float) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.rate = rate
+        return _drop(x, rows, rate)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        return _drop(grad_outputs[0], rows, ctx.rate), None, None
+
+
+def _drop(x: torch.Tensor, rows: torch.Tensor, rate: float) -> torch.Tensor:
+    """`x` `[batch, seq, hidden]` / (1 - rate), but 0 where the hash of row and channel says so."""
+    hidden = x.shape[-1]
+    # Multiplied, because CUDA divides by a scalar by multiplying with its reciprocal, and a CPU does not.
+    result = (x * (1 / (1 - rate))).contiguous()
+    channels = torch.arange(hidden, device=x.device) * GOLDEN
+    threshold = int(rate * 2**64) - 2**63
+    # By blocks of rows: the hashes of all elements at once would take eight times the memory of a bfloat16 `x`.
+    block_bytes = CPU_BLOCK_BYTES if x.device.type == "cpu" else GPU_BLOCK_BYTES
+    block_rows = max(1, block_bytes // (8 * hidden))
+    for block, keys in zip(result.view(-1, hidden).split(block_rows), rows.view(-1, 1).split(block_rows), strict=True):
+        block.masked_fill_(_mix(keys + channels) < threshold, 0)
+    return result
+
+
+def _mix(bits: Bits) -> Bits:
+    """A bijection of 64 bits that changes a fresh tensor in place; of an int the low 64 bits count, in and out.
+
+    SplitMix64's finaliser (doi:10.1145/2660193.2660195) without its last shift, which would leave the 31 high bits as
+    they are: the last hash is only compared, and those before it are hashed again.
+    """
+    for shift, multiplier in ROUNDS:
+        high = bits >> shift
+        # An int64's shift copies the sign bit downwards: off with the copies.
+        high &= 2 ** (64 - shift) - 1
+        bits ^= high
+        bits *= multiplier
+    return bits
+
+
+def _signed(bits: int) -> int:
+    """The low 64 bits as an int64."""
+    return (bits + 2**63) % 2**64 - 2**63

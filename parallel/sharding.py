@@ -1,0 +1,64 @@
+"""Where the shards of a tensor lie in the whole: cut over tensor-parallel ranks first, then over data-parallel ones."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """A block of a whole tensor."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What indexes the block in the whole."""
+        return tuple(slice(offset, offset + length) for offset, length in zip(self.offsets, self.lengths, strict=True))
+
+
+def local_box(tensor: torch.Tensor, shape: torch.Size) -> Box:
+    """Where this rank's shard lies in a whole tensor of `shape`, which excludes the padding of a vocabulary.
+
+    Ranks that hold the same values have the same box. Raises RuntimeError where torch has cut the tensor another way.
+    """
+    offsets, lengths = [0] * len(shape), list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for name in ("tp", "dp_shard"):
+            if name not in (mesh.mesh_dim_names or ()):
+                continue
+            dimension = (mesh.mesh_dim_names or ()).index(name)
+            placement = tensor.placements[dimension]
+            if placement.is_replicate():
+                continue
+            cut = placement.dim  # type: ignore[attr-defined]
+            # Like torch.chunk: the last ranks may have less, or nothing.
+            share = -(-lengths[cut] // mesh.size(dimension))
+            start = min(mesh.get_local_rank(dimension) * share, lengths[cut])
+            offsets[cut] += start
+            lengths[cut] = min(share, lengths[cut] - start)
+        if tuple(lengths) != tuple(tensor.to_local().shape):
+            raise RuntimeError(f"a shard of {list(tensor.to_local().shape)} where {lengths} was expected")
+    clipped = [max(0, min(length, size - start)) for start, length, size in zip(offsets, lengths, shape, strict=True)]
+    starts = [min(start, size) for start, size in zip(offsets, shape, strict=True)]
+    return Box(tuple(starts), tuple(clipped))
+
+
+def local_values(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """This rank's shard without padding: a view of its memory, of the box's lengths."""
+    values = tensor.detach()
+    values = values.to_local() if isinstance(values, DTensor) else values
+    return values[tuple(slice(length) for length in box.lengths)]
+
+
+def logical_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The whole shape of every parameter by its global name, without the padding of a vocabulary."""
+    shapes = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shapes[f"{module_name}.{name}"] = getattr(module, "logical_shapes", {}).get(name, parameter.shape)
+    return shapes

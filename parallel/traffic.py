@@ -1,0 +1,49 @@
+"""Counts the bytes that collectives move, by the ranks they run over and by kind; FSDP and backward passes included."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.mesh import ParallelMesh
+
+KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+"""Names of torch's operators in the field's words; others keep their own."""
+
+
+class Traffic(TorchDispatchMode):
+    """A context: `bytes[dimension, kind]` grows with every collective that this rank takes part in.
+
+    A collective counts the bytes of the whole it works on: for an all-reduce the tensor, for an all-gather what is
+    gathered, for a reduce-scatter what is summed. The dimension is that of the mesh, or "world"; where one spans all
+    ranks, its own name counts.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self._dimensions = {dist.group.WORLD.group_name: "world"} if dist.group.WORLD else {}
+        self._dimensions.setdefault(mesh.data_group.group_name, "dp")
+        self._dimensions |= {
+            mesh.device_mesh.get_group(name).group_name: name
+            for name, size in zip(mesh.device_mesh.mesh_dim_names or (), mesh.device_mesh.shape, strict=True)
+            if size > 1
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Looks at one operator and lets it run."""
+        if func.namespace == "c10d":
+            tensors = [tensor for argument in args for tensor in _tensors(argument)]
+            group = next((argument for argument in args if isinstance(argument, torch.ScriptObject)), None)
+            if tensors and group is not None:
+                name = dist.ProcessGroup.unbox(group).group_name
+                kind = func.overloadpacket.__name__
+                whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)
+                self.bytes[self._dimensions.get(name, name), KINDS.get(kind, kind)] += whole
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(argument: Any) -> list[torch.Tensor]:
+    return [item for item in (argument if isinstance(argument, list) else [argument]) if isinstance(item, torch.Tensor)]

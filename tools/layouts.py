@@ -1,0 +1,156 @@
+"""`kilotron layouts`: the legal ways to divide a model over ranks, found by the configuration's own checks."""
+
+import argparse
+import itertools
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from data.errors import DataPathError, TokenizerError
+from data.vocabulary import find_vocabulary
+from parallel.config import ParallelConfig
+from training.checks import check_ranges, divisors
+from training.compose import compose, resolve
+from training.config import RunConfig
+from training.errors import ConfigError
+
+DIMENSIONS = ("tp", "dp_replicate", "dp_shard")
+NUMBERS_A_PARAMETER = 4
+"""Weight, gradient, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """What the checks say of every way to divide the ranks."""
+
+    legal: list[RunConfig]
+    """A resolved configuration a layout; smallest tp first, then fewest replicas."""
+    refused: dict[str, tuple[str, ...]]
+    """Sizes such as `tp=3, dp=1`, with what is wrong with them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `kilotron layouts`."""
+    parser.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="settings as pretrain_gpt.py takes them; world_size=N is needed, and parallel.* sizes given are kept",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table. Raises ConfigError where the settings are wrong or nothing is legal."""
+    config = compose(arguments.overrides)
+    if config.world_size is None:
+        config = replace(config, world_size=_started_ranks(os.environ))
+    config, note = _without_missing_data(config)
+    kept = {word.lstrip("+").partition("=")[0] for word in arguments.overrides}
+    layouts = find_layouts(config, [name for name in DIMENSIONS if f"parallel.{name}" in kept])
+    if not layouts.legal:
+        reasons = [f"{sizes}: {problem}" for sizes, problems in layouts.refused.items() for problem in problems]
+        raise ConfigError(f"no layout of {config.world_size} ranks is legal", *reasons)
+    print("\n".join([*_table(layouts), *note]))
+    return 0
+
+
+def _started_ranks(environment: Mapping[str, str]) -> int:
+    started = environment.get("WORLD_SIZE", "")
+    if not started.isdecimal():
+        raise ConfigError("the number of ranks is missing; say world_size=N, such as world_size=64")
+    return int(started)
+
+
+def _without_missing_data(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with other data where its own is not on this machine and all that is wanted of it, the
+    vocabulary, is given; and a line that says so. Raises ConfigError where the vocabulary is not given either."""
+    try:
+        find_vocabulary(config.data, config.out_dir)
+    except (DataPathError, TokenizerError) as error:
+        if config.model.vocab_size is None:
+            raise ConfigError(f"{error}; to list layouts without the data, give model.vocab_size") from error
+        data = replace(config.data, path=None, corpus="sample", tokenizer="bytes")
+        note = f"the data is not looked at, and model.vocab_size taken as it stands: {error}"
+        return replace(config, data=data), [note]
+    return config, []
+
+
+def find_layouts(config: RunConfig, kept: Collection[str] = ()) -> Layouts:
+    """Puts every layout of `config.world_size` ranks to the checks of `training.compose.resolve`.
+
+    Sizes of the dimensions in `kept` stay as they are. With parallel.sequence null, sequence parallelism is off where
+    only that is legal. Raises ConfigError for what is wrong whatever the layout.
+    """
+    legal: list[RunConfig] = []
+    refused: dict[str, tuple[str, ...]] = {}
+    for layout in _candidates(config, kept):
+        found = _check(config, layout)
+        if isinstance(found, RunConfig):
+            legal.append(found)
+        else:
+            refused[f"tp={layout.tp}, dp={layout.dp}"] = found
+    if not legal:
+        first, *others = refused.values()
+        everywhere = [problem for problem in first if all(problem in problems for problems in others)]
+        if everywhere:
+            raise ConfigError(*everywhere)
+    return Layouts(legal, refused)
+
+
+def _candidates(config: RunConfig, kept: Collection[str]) -> list[ParallelConfig]:
+    """Every way in which the sizes multiply to the world; where none does, what is configured, to be refused."""
+    layout, world = config.parallel, config.world_size or 1
+    if any(check_ranges(config)):
+        return [layout]
+    given = {name: [getattr(layout, name)] for name in kept if getattr(layout, name) != -1}
+    choices = (given.get(name, divisors(world)) for name in DIMENSIONS)
+    sizes = [triple for triple in itertools.product(*choices) if math.prod(triple) == world]
+    return [replace(layout, **dict(zip(DIMENSIONS, triple, strict=True))) for triple in sizes] or [layout]
+
+
+def _check(config: RunConfig, layout: ParallelConfig) -> RunConfig | tuple[str, ...]:
+    """The resolved configuration with this layout, or what is wrong with it."""
+    try:
+        return resolve(replace(config, parallel=layout), {})
+    except ConfigError as error:
+        if layout.sequence_parallel and layout.sequence is None:
+            return _check(config, replace(layout, sequence=False))
+        return error.args
+
+
+def state_bytes(config: RunConfig) -> int:
+    """Bytes a rank holds of weights, gradients and optimizer state, cut over tp and dp_shard: float32 numbers, float64
+    under fp64. The rank with the most of a weight that dp_shard cuts unevenly holds up to a row more."""
+    parameters = -(-config.model.parameter_count(config.parallel.tp) // config.parallel.dp_shard)
+    return NUMBERS_A_PARAMETER * (8 if config.train.precision == "fp64" else 4) * parameters
+
+
+def _table(layouts: Layouts) -> Iterator[str]:
+    first = layouts.legal[0]
+    count = len(layouts.legal)
+    yield (
+        f"{count} legal layout{'s' if count > 1 else ''} of {first.world_size} ranks for "
+        f"{first.model.parameter_count():,} parameters, {first.train.global_batch_size} samples a step"
+    )
+    yield _row("tp", "sequence", "dp_replicate", "dp_shard", "micro_batch", "accumulated", "state GB/rank")
+    for config in layouts.legal:
+        layout = config.parallel
+        yield _row(
+            layout.tp,
+            "-" if layout.tp == 1 else str(layout.sequence_parallel).lower(),
+            layout.dp_replicate,
+            layout.dp_shard,
+            config.micro_batch_size,
+            config.accumulation_steps,
+            f"{state_bytes(config) / 1e9:.2f}",
+        )
+    number = "float64" if first.train.precision == "fp64" else "float32"
+    yield f"state: weights, gradients and both moments of AdamW in {number}; activations come on top"
+    for sizes, problems in layouts.refused.items():
+        yield from (f"not {sizes}: {problem}" for problem in problems)
+
+
+def _row(*cells: object) -> str:
+    widths: Sequence[int] = (4, 8, 12, 8, 11, 11, 13)
+    return "  ".join(str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True))
