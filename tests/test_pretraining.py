@@ -92,6 +92,11 @@ LAYOUTS = [
     (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2", "train.micro_batch_size=1", "parallel.zero=1"]),
     (4, ["parallel.dp_replicate=2"]),
     (4, ["parallel.tp=2", "parallel.dp_shard=2", "train.micro_batch_size=2"]),
+    (4, ["parallel.tp=2", "parallel.dp_shard=2", "parallel.sequence=false", "train.recompute=full"]),
+    (4, ["parallel.tp=4"]),
+    (4, ["parallel.tp=4", "parallel.sequence=false"]),
+    (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
+    (4, ["parallel.tp=2", "parallel.dp_replicate=2", "parallel.sequence=false", "train.micro_batch_size=2"]),
 ]
 
 
@@ -136,6 +141,23 @@ def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision
     np.testing.assert_allclose(found[:, 0], exact[:, 0], rtol=tolerance)
     np.testing.assert_allclose(found[0], exact[0], rtol=tolerance)  # later gradients also carry where weights went
     assert samples(out_dir, name) == reference[1]
+
+
+def test_bf16_strays_no_further_than_other_micro_batches_do(out_dir):
+    """Over 50 steps the loss of a layout differs from one process' by at most three times as much as those of
+    micro-batch sizes 1, 2 and 4 in one process differ from each other."""
+
+    def losses(name, ranks, *words):
+        assert train(out_dir, name, ranks, "train.precision=bf16", "train.steps=50", *words) == 0
+        return np.array(numbers(out_dir, name))[:, 0]
+
+    one, two, four = (losses(f"micro-{size}", 1, f"train.micro_batch_size={size}") for size in (1, 2, 4))
+    noise = max(np.abs(a - b).max() for a, b in ((one, two), (one, four), (two, four)))
+    assert len(one) == 50
+    assert noise > 0
+    for layout in (["parallel.tp=2", "parallel.dp_shard=2"], ["parallel.tp=4", "parallel.sequence=false"]):
+        found = losses(f"bf16-{len(layout[1])}", 4, "train.micro_batch_size=4", *layout)
+        assert np.abs(found - four).max() <= 3 * noise
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code = getattr(error, "exit_code", _STORAGE_FAILED if isinstance(error, OSError) else None)
         if exit_code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".replace("\n", "\n       "), file=sys.stderr)
         return int(exit_code)
 
 

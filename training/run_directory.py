@@ -157,7 +157,7 @@ def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     before, now = (_identity(restore_config(values)) for values in (saved, current))
     return [
         f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}"
-        for key in {**before, **now}
+        for key in {**now, **before}
         if before.get(key) != now.get(key)
     ]
 

@@ -139,7 +139,7 @@ def test_what_is_wrong_whatever_the_layout_is_said_once(capsys):
     assert main(["layouts", "world_size=8", "schedule.min_lr=1", "parallel.pp=2"]) == 78
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("error: parallel.pp=2 is not available")
-    assert [line.partition("=")[0] for line in said[1:]] == ["schedule.min_lr"]
+    assert [line.strip().partition("=")[0] for line in said[1:]] == ["schedule.min_lr"]
 
 
 def test_a_given_vocabulary_makes_up_for_missing_data(capsys):

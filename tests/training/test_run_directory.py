@@ -108,6 +108,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     RunDirectory(tmp_path).own()
+    assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
 
 
 def test_a_failing_rank_leaves_its_traceback_and_the_reason(tmp_path: Path):

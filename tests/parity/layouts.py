@@ -1,0 +1,136 @@
+"""The layouts that are held against one process: every mesh of up to eight ranks, the options spread over them."""
+
+import math
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+from core.config import ModelConfig
+from data.config import DataConfig
+from parallel.config import ParallelConfig
+from tests.parity.covering import Case, covering_array, pairs
+from training.config import OptimizerConfig, RunConfig, TrainConfig
+
+LARGEST_WORLD = 8
+SEED = 11
+IN_MAKE_TEST = 20
+
+# Vocabularies are odd: over eight ranks the first leaves padding on the last rank, the second nothing else.
+MODELS = {
+    "gpt2": ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=8, ffn_hidden_size=72, vocab_size=67,
+        max_position_embeddings=27, activation="gelu_tanh", init_std=0.2,
+    ),
+    "llama": ModelConfig(
+        num_layers=3, hidden_size=40, num_attention_heads=8, num_query_groups=2, head_dim=4, ffn_hidden_size=48,
+        vocab_size=33, max_position_embeddings=16, normalization="rmsnorm", activation="swiglu",
+        position_embedding="rope", bias=False, init_std=0.2,
+    ),
+}  # fmt: skip
+SEQ_LENGTH = {"gpt2": 24, "llama": 16}
+
+# A dimension more is one entry here; `kind` names those above one.
+DIMENSIONS: dict[str, tuple[int, ...]] = {
+    "tp": (1, 2, 4, 8),
+    "dp_replicate": tuple(range(1, LARGEST_WORLD + 1)),
+    "dp_shard": tuple(range(1, LARGEST_WORLD + 1)),
+}
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "sequence": (True, False),
+    "zero": (3, 2, 1),
+    "tied": (True, False),
+    "recompute": ("none", "full"),
+    "accumulation": (1, 3),
+    "dropout": (0.0, 0.2),
+}
+
+
+def meshes() -> list[Case]:
+    """Every mesh of two to LARGEST_WORLD ranks, by the sizes of its dimensions."""
+    found = [dict(zip(DIMENSIONS, sizes, strict=True)) for sizes in product(*DIMENSIONS.values())]
+    return [mesh for mesh in found if 1 < math.prod(mesh.values()) <= LARGEST_WORLD]
+
+
+def kind(mesh: Case) -> str:
+    """What a mesh is composed of."""
+    return " * ".join(name for name in DIMENSIONS if mesh[name] > 1)
+
+
+def has(mesh: Case, option: str) -> bool:
+    """Whether an option changes anything on a mesh."""
+    needed = {"sequence": mesh["tp"], "zero": mesh["dp_replicate"] * mesh["dp_shard"]}
+    return needed.get(option, 2) > 1
+
+
+@cache
+def cases(model_name: str) -> list[Case]:
+    """The layouts of a model: sizes and options.
+
+    All pairs of options occur, and of an option and a kind of mesh, and of an option and a size of tp.
+    """
+    found = meshes()
+    kinds = [{"kind": kind(mesh), "tp": mesh["tp"]} for mesh in found]
+    seed = SEED + list(MODELS).index(model_name)
+    chosen = covering_array(kinds, OPTIONS, lambda index, option: has(found[index], option), seed)
+    return [found[index] | case for index, case in chosen]
+
+
+def configuration(model_name: str, case: Case, precision: str = "fp64") -> RunConfig:
+    """The resolved run of a case."""
+    sizes = {name: case[name] for name in DIMENSIONS}
+    layout = ParallelConfig(**sizes, sequence=case.get("sequence"), zero=case.get("zero", 3))
+    micro_batch_size = 2 if layout.dp < 4 else 1
+    model = replace(MODELS[model_name], tie_embeddings=case["tied"], dropout=case["dropout"])
+    return RunConfig(
+        name=model_name,
+        seed=SEED,
+        world_size=math.prod(sizes.values()),
+        model=model,
+        data=DataConfig(corpus="sample", seq_length=SEQ_LENGTH[model_name]),
+        parallel=layout,
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5),
+        train=TrainConfig(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=layout.dp * micro_batch_size * case["accumulation"],
+            precision=precision,
+            recompute=case["recompute"],
+        ),
+    )
+
+
+def matrix() -> list[tuple[str, Case]]:
+    """All layouts of all models."""
+    return [(model_name, case) for model_name in MODELS for case in cases(model_name)]
+
+
+def selection(number: int = IN_MAKE_TEST) -> list[tuple[str, Case]]:
+    """Some layouts of the matrix that cover every kind of mesh with every model, then as many pairs as they can."""
+    remaining, chosen = matrix(), []
+    kinds: set[tuple[str, str]] = set()
+    covered: set[Any] = set()
+
+    def traits(entry: tuple[str, Case]) -> set[Any]:
+        model_name, case = entry
+        return pairs({"model": model_name} | {name: case[name] for name in case if name in ("kind", "tp", *OPTIONS)})
+
+    def gain(entry: tuple[str, Case]) -> tuple[bool, int]:
+        return (entry[0], entry[1]["kind"]) not in kinds, len(traits(entry) - covered)
+
+    while remaining and len(chosen) < number:
+        best = max(remaining, key=gain)
+        remaining.remove(best)
+        chosen.append(best)
+        kinds.add((best[0], best[1]["kind"]))
+        covered |= traits(best)
+    return chosen
+
+
+def of_each_kind() -> list[tuple[str, Case]]:
+    """One layout of each kind of mesh, the models in turn."""
+    kinds = dict.fromkeys(kind(mesh) for mesh in meshes())
+    chosen = []
+    for index, wanted in enumerate(kinds):
+        model_name = list(MODELS)[index % len(MODELS)]
+        chosen.append(next(entry for entry in selection() if entry[0] == model_name and entry[1]["kind"] == wanted))
+    return chosen

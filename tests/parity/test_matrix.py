@@ -1,0 +1,77 @@
+"""Layouts against one process: the selection of `make test`; the whole matrix is `make parity`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parallel.local_ranks import run_ranks
+from tests.parity.layouts import MODELS, cases, configuration, matrix, of_each_kind, selection
+from tests.parity.matrix import PAGE
+from training.parity import describe_layout, one_process, parity_rank, ragged_batches, run_layout, verify
+
+# Of the first step's loss and gradient norm, and of its gradients; a factor of two is an error of at least a half.
+TOLERANCES = {"fp32": (1e-6, 1e-5), "bf16": (3e-2, 0.2)}
+
+
+def identity(value):
+    model_name, case = value
+    return f"{model_name} {describe_layout(configuration(model_name, case))}".replace(" ", "-")
+
+
+@pytest.mark.parametrize("entry", selection(), ids=identity)
+def test_the_layout_computes_what_one_process_does(entry):
+    assert verify(configuration(*entry)).verdict == "equal"
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("entry", of_each_kind(), ids=identity)
+def test_other_precisions_stay_close(entry, precision):
+    numbers, gradients = TOLERANCES[precision]
+    config = configuration(*entry, precision)
+    found = verify(config, limit=np.inf, steps=1)
+    assert found.verdict == "equal", "replicas, and initial weights bit for bit"
+    assert max(found.loss, found.gradient_norm) <= numbers
+    assert found.gradient <= gradients
+    # Adam's first step is the learning rate, to either side where a gradient is rounding alone.
+    assert found.weight <= 2.1 * config.optimizer.lr
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_the_reference_exercises_every_parameter_and_the_clipping(model_name):
+    config = configuration(model_name, cases(model_name)[0])
+    reference = run_ranks(1, parity_rank, one_process(config), ragged_batches(config))[0]
+    assert not reference.faults
+    for step in reference.steps:
+        assert step.gradient_norm > config.optimizer.clip_grad
+        for name, gradient in step.gradients.items():
+            assert np.abs(gradient).max() > (0 if name.endswith("key.bias") else 1e-4), name
+    for name, weight in reference.weights.items():
+        assert not np.array_equal(weight, reference.initial_weights[name]), name
+
+
+REPLICATED = [
+    ("gpt2", {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "sequence": True}),
+    ("gpt2", {"tp": 2, "dp_replicate": 1, "dp_shard": 2, "sequence": False}),
+    ("llama", {"tp": 4, "dp_replicate": 1, "dp_shard": 1, "sequence": True}),
+]
+
+
+def long_run(rank, world_size, config, batches):
+    trajectory = run_layout(config, batches)
+    return trajectory and trajectory.faults
+
+
+@pytest.mark.parametrize(("model_name", "case"), REPLICATED)
+def test_after_twenty_bf16_steps_replicas_are_bit_identical(model_name, case):
+    usual = {"tied": True, "recompute": "none", "accumulation": 1, "dropout": 0.2}
+    config = configuration(model_name, usual | case, "bf16")
+    assert run_ranks(4, long_run, config, ragged_batches(config, 20))[0] == []
+
+
+def test_the_page_is_of_this_matrix():
+    """`make parity` writes it; a layout that is added and not run is missing there."""
+    page = Path(PAGE).read_text(encoding="utf-8")
+    for model_name, case in matrix():
+        assert f"| {model_name} | {describe_layout(configuration(model_name, case))} |" in page
+    assert "not equal" not in page

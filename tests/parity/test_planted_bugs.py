@@ -1,0 +1,62 @@
+"""The harness finds what it is there for: every planted bug is caught, and named; without it the layout is equal."""
+
+import pytest
+
+from parallel.local_ranks import run_ranks
+from tests.parity import planted_bugs
+from tests.parity.layouts import DIMENSIONS, configuration
+from training.parity import compare, one_process, parity_rank, ragged_batches, run_layout, verify
+
+LAYOUTS = {
+    "tensor": ("gpt2", {"tp": 2, "sequence": False}),
+    "sequence": ("gpt2", {"tp": 2, "sequence": True, "dropout": 0.2}),
+    "groups": ("llama", {"tp": 4, "sequence": False}),
+    "replicas": ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "accumulation": 3, "dropout": 0.2}),
+    "composed": ("llama", {"tp": 2, "sequence": True, "dp_replicate": 2, "zero": 1}),
+}
+CAUGHT = [  # (bug, layout, what the verdict says of it)
+    ("norm_gradient_not_summed", "sequence", "step 1: gradient of block.layers.1.mlp_norm.weight: replicas differ"),
+    ("row_bias_gradient_not_summed", "sequence", "step 1: gradient of block.layers.0.mlp.down.bias: replicas differ"),
+    ("key_gradient_not_summed", "groups", "step 1: gradient of block.layers.2.attention.key.weight: replicas differ"),
+    ("gradient_scaled_by_ranks", "tensor", "step 1: gradient of embedding.word.weight is off by"),
+    ("bias_on_every_rank", "tensor", "step 2: gradient of block.layers."),
+    ("loss_divided_by_local_tokens", "replicas", "loss is off by"),
+    ("gradients_averaged_over_ranks", "replicas", "gradient norm is off by 7.5e-01"),
+    ("replicas_never_meet", "replicas", "step 1: gradient of embedding.word.weight: replicas differ"),
+    ("shards_swapped", "sequence", "loss is off by"),
+    ("wrong_rotary_offset", "composed", "step 1: gradient of block.layers."),
+    ("positions_of_the_first_shard", "sequence", "loss is off by"),
+    ("dropout_by_place_in_the_batch", "replicas", "loss is off by"),
+    ("norm_counted_twice", "composed", "gradient norm is off by"),
+    ("replicas_counted_twice", "replicas", "gradient norm is off by 4.1e-01"),
+    ("norm_of_own_shard", "tensor", "gradient norm is off by"),
+    ("initial_weight_drawn_per_rank", "tensor", "initial weight of block.layers.0.mlp.up.weight differs"),
+    ("initial_weight_drawn_per_rank", "replicas", "initial weight of block.layers.0.mlp.up.weight: replicas differ"),
+    ("padding_not_masked", "groups", "loss is off by"),
+]
+
+
+def build(layout):
+    model_name, case = LAYOUTS[layout]
+    usual = dict.fromkeys(DIMENSIONS, 1) | {"tied": False, "recompute": "none", "accumulation": 1, "dropout": 0.0}
+    return configuration(model_name, usual | case)
+
+
+def rank_with_bug(rank, world_size, bug, config, batches):
+    getattr(planted_bugs, bug)()
+    return run_layout(config, batches)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_bug_these_layouts_are_equal(layout):
+    assert verify(build(layout)).verdict == "equal"
+
+
+@pytest.mark.parametrize(("bug", "layout", "words"), CAUGHT)
+def test_the_bug_is_caught_and_named(bug, layout, words):
+    config = build(layout)
+    batches = ragged_batches(config)
+    reference = run_ranks(1, parity_rank, one_process(config), batches)[0]
+    found = compare(reference, run_ranks(config.world_size, rank_with_bug, bug, config, batches)[0])
+    assert not found.equal
+    assert words in found.verdict

@@ -1,0 +1,135 @@
+"""`kilotron parity`: whether a configuration's layout computes what one process does, scaled down to this machine."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.config import ModelConfig
+from data.config import DataConfig
+from parallel.config import ParallelConfig
+from training.checks import each_setting, show
+from training.compose import compose, resolve
+from training.config import CheckpointConfig, RunConfig
+from training.errors import ConfigError
+
+RANKS = 8
+LAYERS = 2
+HEAD_DIM = 4
+SEQUENCE = 16
+VOCABULARY = 67
+"""Prime, so that no number of ranks divides it."""
+ADAM_EPS = 1e-8
+"""Below it, Adam would blow gradients that are zero but for rounding, of key biases for instance, up to whole steps."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `kilotron parity`."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as for pretrain_gpt.py, and world_size=N: model=llama3_8b parallel.tp=2 world_size=4",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints how far the layout is from one process; returns 0 where they are equal, else 1. Raises ConfigError."""
+    config = compose(arguments.overrides)
+    resolved = resolve(without_data(config), {})
+    if resolved.world_size == 1:
+        raise ConfigError(
+            "world_size=1: one process is what layouts are held against; say which layout, such as "
+            "world_size=4 parallel.tp=2"
+        )
+    small = scale_down(resolved)
+
+    # Only now, so that a configuration is refused before torch takes its seconds to load.
+    from training.parity import describe_layout, verify
+
+    before = {key: value for key, _, value in each_setting(resolved)}
+    before |= {"model.vocab_size": config.model.vocab_size, "data.seq_length": resolved.seq_length}
+    print("scaled down, for the CPU and in float64:")
+    for key, _, value in each_setting(small):
+        if value != before[key]:
+            print(f"  {key:30} {show(before[key])} -> {show(value)}")
+    print(flush=True)
+    found = verify(small)
+    header = ["layout", "loss", "worst gradient", "of", "gradient norm", "worst weight", "verdict"]
+    figures = [f"{value:.1e}" for value in (found.loss, found.gradient, found.gradient_norm, found.weight)]
+    row = [describe_layout(small), *figures[:2], found.gradient_name, *figures[2:], found.verdict]
+    print(table([header, row]))
+    return 0 if found.equal else 1
+
+
+def without_data(config: RunConfig) -> RunConfig:
+    """The configuration with nothing in it that this machine need not have: random tokens take the place of data."""
+    return replace(
+        config,
+        data=DataConfig(corpus="sample", seq_length=config.data.seq_length),
+        model=replace(config.model, vocab_size=None),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def scale_down(config: RunConfig) -> RunConfig:
+    """A resolved configuration of the same structure that a laptop runs in seconds, in float64.
+
+    Heads, key/value heads and what they are shared by stay; the ratio of the MLP's width to the hidden size stays as
+    near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism stays.
+    """
+    layout = smaller_layout(config.parallel)
+    micro_batch_size, accumulation = min(2, config.micro_batch_size), min(2, config.accumulation_steps)
+    seq_length = min(config.seq_length, -(-SEQUENCE // layout.tp) * layout.tp)
+    return replace(
+        config,
+        world_size=math.prod((layout.tp, layout.dp_replicate, layout.dp_shard)),
+        model=smaller_model(config.model, layout.tp, seq_length),
+        data=replace(config.data, seq_length=seq_length),
+        parallel=layout,
+        optimizer=replace(config.optimizer, eps=max(ADAM_EPS, config.optimizer.eps)),
+        train=replace(
+            config.train,
+            precision="fp64",
+            compile=False,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=layout.dp * micro_batch_size * accumulation,
+        ),
+    )
+
+
+def smaller_layout(layout: ParallelConfig) -> ParallelConfig:
+    """The layout on at most RANKS ranks, where tensor parallelism alone does not take more.
+
+    Fewer replicas, then fewer shards; as long as it can be, a dimension stays one.
+    """
+    replicate, shard = layout.dp_replicate, layout.dp_shard
+    for least in (2, 1):
+        replicate = min(replicate, max(least, RANKS // (layout.tp * shard)))
+        shard = min(shard, max(least, RANKS // (layout.tp * replicate)))
+    return replace(layout, dp_replicate=replicate, dp_shard=shard)
+
+
+def smaller_model(model: ModelConfig, tp: int, seq_length: int) -> ModelConfig:
+    """The model with few narrow layers, and weights drawn wider so that activations keep their size."""
+    head_dim = min(HEAD_DIM, model.head_size)
+    hidden_size = model.num_attention_heads * head_dim
+    if model.head_dim is not None:
+        hidden_size = max(1, round(model.hidden_size * head_dim / model.head_size))
+    ffn_size = max(1, round(model.ffn_size / model.hidden_size * hidden_size / tp)) * tp
+    return replace(
+        model,
+        num_layers=min(LAYERS, model.num_layers),
+        hidden_size=min(hidden_size, model.hidden_size),
+        head_dim=None if model.head_dim is None else head_dim,
+        ffn_hidden_size=min(ffn_size, model.ffn_size),
+        vocab_size=VOCABULARY,
+        max_position_embeddings=min(model.max_position_embeddings, seq_length + 3),
+        init_std=float(f"{model.init_std * math.sqrt(model.hidden_size / hidden_size):.3g}"),
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns; the last column, which may be long, is not padded."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, [*widths[:-1], 0])) for row in rows)
