@@ -14,6 +14,7 @@ from training.config import RunConfig
 from training.errors import ConfigError
 from training.help import help_page
 from training.overrides import read_command_line
+from training.summary import summary
 
 SECONDS_FOR_LAST_WORDS = 1.0
 
@@ -76,26 +77,6 @@ def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
             f"world_size={config.world_size}, but one process was started: use `torchrun --standalone "
             f"--nproc-per-node={config.world_size} pretrain_gpt.py ...`, or check=true to look at the layout only"
         )
-
-
-def summary(config: RunConfig) -> str:
-    """What `check=true` says of a legal configuration."""
-    layout, train = config.parallel, config.train
-    tensor, sequence, takers = "", "", "ranks"
-    if layout.tp > 1:
-        tensor, takers = f" * tp {layout.tp}", f"groups of {layout.tp} ranks"
-        sequence = f", {'with' if layout.sequence_parallel else 'without'} sequence parallelism"
-    return "\n".join(
-        [
-            f"OK: {config.name} is legal on {config.world_size} ranks",
-            f"  layout      dp_replicate {layout.dp_replicate} * dp_shard {layout.dp_shard}{tensor} = "
-            f"{config.world_size} ranks{sequence}",
-            f"  batch       {train.global_batch_size} samples a step: {layout.dp} {takers} * micro-batch "
-            f"{config.micro_batch_size} * {config.accumulation_steps} accumulated",
-            f"  tokens      {train.global_batch_size * config.seq_length:,} a step, {config.seq_length} a sample",
-            f"  vocabulary  {config.model.vocabulary:,}",
-        ]
-    )
 
 
 def say(text: str, environment: Mapping[str, str], file: TextIO | None = None) -> int:

@@ -55,10 +55,12 @@ def train(config: RunConfig, overrides: list[str]) -> int:
                 raise
             raise failure from error
         if recorder is not None:
-            reason = f"reached train.steps={config.train.steps}" if completed else stop.signal or "train.exit_after"
-            if not completed:
+            if completed:
+                recorder.close("completed", trainer.step, f"reached train.steps={config.train.steps}")
+            else:
+                reason = stop.signal or ("train.exit_after" if config.train.exit_after else "a signal to another rank")
                 recorder.console.note(f"stopped by {reason} and saved at step {trainer.step}: start again to continue")
-            recorder.close("completed" if completed else "preempted", trainer.step, reason)
+                recorder.close("preempted", trainer.step, reason)
         # torchrun takes every other code for a failure, and restarts.
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
 

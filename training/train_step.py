@@ -136,7 +136,7 @@ class TrainStep:
         """Sum loss, squared gradient norm and wishes to stop over all ranks in one collective, clip, and move."""
         # Tensor-parallel ranks feed the same samples.
         own_loss = accumulated.local_losses.sum() * (self.mesh.tp_rank == 0)
-        totals = torch.stack([own_loss, square_sum(self.parameters, self.mesh), own_loss.new_tensor(float(stop))])
+        totals = torch.stack([own_loss, square_sum(self.parameters, self.mesh), own_loss.new_full((), float(stop))])
         dist.all_reduce(totals)
         loss, gradient_norm = totals[0] / accumulated.tokens, totals[1].sqrt()
         self._move(loss, gradient_norm, learning_rate)

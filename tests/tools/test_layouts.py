@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pretrain_gpt
 from tools.cli import main
 from tools.layouts import find_layouts, state_bytes
 from training.compose import compose, resolve
 from training.errors import ConfigError
+from training.summary import summary
 
 BASE = compose(["train.global_batch_size=24"])
 
@@ -166,8 +166,8 @@ def test_it_imports_neither_torch_nor_numpy():
 
 def test_a_check_of_one_layout_names_its_tensor_parallel_ranks():
     words = ["world_size=12", "parallel.tp=2", "parallel.dp_replicate=2", "train.global_batch_size=24"]
-    said = pretrain_gpt.summary(resolve(compose(words), {}))
+    said = summary(resolve(compose(words), {}))
     assert "dp_replicate 2 * dp_shard 3 * tp 2 = 12 ranks, with sequence parallelism\n" in said
     assert "24 samples a step: 6 groups of 2 ranks * micro-batch 4 * 1 accumulated" in said
-    said = pretrain_gpt.summary(resolve(compose([*words, "parallel.sequence=false"]), {}))
+    said = summary(resolve(compose([*words, "parallel.sequence=false"]), {}))
     assert "= 12 ranks, without sequence parallelism\n" in said
