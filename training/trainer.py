@@ -71,7 +71,7 @@ class Trainer:
             with self.timer.step():
                 with self.timer.waiting_for_data():
                     micro_batches = reader.read(self.consumed_samples)
-                result = self._take_step(micro_batches, count_traffic=self.step == first_step)
+                result = self._take_step(micro_batches, first=self.step == first_step)
                 # The device is busy with this step while the host looks at the one before.
                 self._check(unchecked)
                 stopping = unchecked is not None and unchecked.numbers.stop_requested()
@@ -90,11 +90,11 @@ class Trainer:
         reader.close()
         return self._finish(first_step)
 
-    def _take_step(self, micro_batches: Sequence[MicroBatch], *, count_traffic: bool) -> StepResult:
+    def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
         step, stop = self.step + 1, self.stop.signal is not None
-        with Traffic(self.mesh) if count_traffic else nullcontext() as traffic:
+        with Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext() as traffic:
             result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
-        if self.recorder and traffic is not None and traffic.bytes:
+        if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
         return result
 
