@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.config import ModelConfig
+from core.norm import RMSNorm
 from core.rotary import RotaryTable, apply_rotary
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
 
@@ -45,7 +46,7 @@ class KeyValueCache:
 
 
 class SelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(head_dim)) V over earlier positions (arXiv:1706.03762).
+    """softmax(Q K^T / sqrt(head_dim)) V over earlier positions (arXiv:1706.03762), or those of them in a sliding window.
 
     Query heads share keys and values in groups (arXiv:2305.13245): one group a head is multi-head attention, one group
     in all is multi-query attention.
@@ -62,6 +63,9 @@ class SelfAttention(nn.Module):
         self.output = RowParallelLinear(
             heads * self.head_dim, config.hidden_size, bias=config.bias, init_std=residual_std, tensor=tensor
         )
+        self.query_norm = self._head_norm(config, tensor)
+        self.key_norm = self._head_norm(config, tensor)
+        self.window = config.sliding_window
         self.local_groups = max(1, groups // tensor.size)
         self.grouped = heads // tensor.size != self.local_groups
 
@@ -76,6 +80,10 @@ class SelfAttention(nn.Module):
             parts=heads,
         )
 
+    @staticmethod
+    def _head_norm(config: ModelConfig, tensor: TensorParallel) -> RMSNorm | None:
+        return RMSNorm(config.head_size, config.norm_eps, tensor=tensor, per_head=True) if config.qk_norm else None
+
     def forward(
         self, x: torch.Tensor, rotary: RotaryTable | None = None, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
@@ -84,26 +92,35 @@ class SelfAttention(nn.Module):
         A tensor-parallel rank works on its heads; with sequence parallelism `x` is its shard of the sequence.
         """
         query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projected.unflatten(-1, (-1, self.head_dim))
             for projected in column_parallel(x, [self.query, self.key, self.value])
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if cache is not None:
             key, value = cache.append(key, value)
+        mask = self._mask(query.shape[2], key.shape[2], x.device)
+        if self.grouped and mask is not None:
+            # No fused kernel of CUDA takes groups and a mask at once: without one, scores of all heads would be stored.
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         attended = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self._mask_after(key.shape[2], query.shape[2], x.device),
-            is_causal=key.shape[2] == query.shape[2] > 1,
-            enable_gqa=self.grouped,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
+            enable_gqa=self.grouped and mask is None,
         )
         return self.output(attended.transpose(1, 2).flatten(2))
 
-    @staticmethod
-    def _mask_after(keys: int, queries: int, device: torch.device) -> torch.Tensor | None:
-        """The mask of several queries behind cached keys; otherwise `is_causal` says it, or one query sees all."""
-        if queries in (1, keys):
+    def _mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+        """`[queries, keys]`, true where the last `queries` of `keys` positions look; None where `is_causal` says it, or
+        one query sees all."""
+        window, before = min(self.window or keys, keys), keys - queries
+        if window == keys and queries in (1, keys):
             return None
-        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before).triu(before - window + 1)

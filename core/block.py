@@ -73,7 +73,7 @@ class TransformerBlock(nn.Module):
         """
         rotary = None
         if self.config.position_embedding == "rope":
-            rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
+            rotary = rotary_table(positions, self.config, x.dtype)
         for index, layer in enumerate(self.layers.values()):
             if self.recompute and torch.is_grad_enabled():
                 # Nothing here draws from a generator, so there is no state of one to restore.

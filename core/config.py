@@ -28,19 +28,28 @@ class ModelConfig:
     norm_eps: float = field(default=1e-5, metadata={"above": 0.0})
     """Added to the variance under the root."""
     activation: str = field(default="gelu", metadata={"choices": ("gelu", "gelu_tanh", "relu2", "swiglu")})
-    """Non-linearity of the MLP; gelu_tanh is GPT-2's approximation, swiglu is gated (arXiv:2002.05202)."""
+    """Non-linearity of the MLP; gelu_tanh is GPT-2's approximation, relu2 a squared ReLU (arXiv:2109.08668), swiglu is
+    gated (arXiv:2002.05202)."""
     position_embedding: str = field(default="learned", metadata={"choices": ("learned", "rope", "none")})
     """How positions enter: a learned table, rotary embedding (arXiv:2104.09864), or not at all."""
     rope_theta: float = field(default=10_000.0, metadata={"above": 0.0})
     """Base of the rotary frequencies."""
-    rope_scaling: str | None = None
-    """Rescaling of the rotary frequencies for contexts longer than trained on."""
+    rope_scaling: str | None = field(default=None, metadata={"choices": ("llama3",)})
+    """Slowing of the low rotary frequencies for contexts longer than trained on: llama3, as Llama 3.1; null: none."""
+    rope_scaling_factor: float = field(default=8.0, metadata={"min": 1.0})
+    """What low frequencies are divided by."""
+    rope_low_frequency_factor: float = field(default=1.0, metadata={"above": 0.0})
+    """Frequencies of fewer turns than this in rope_original_length are low."""
+    rope_high_frequency_factor: float = field(default=4.0, metadata={"above": 0.0})
+    """Frequencies of more turns than this in rope_original_length stay; those between are blended."""
+    rope_original_length: int = field(default=8192, metadata={"min": 1})
+    """Positions that the frequencies were trained on before."""
     bias: bool = True
     """Biases in linear layers and in layernorm."""
     qk_norm: bool = False
-    """Normalise queries and keys per head before attention."""
+    """Root-mean-square normalisation of each head's queries and keys before rotary embedding, as in Qwen3."""
     sliding_window: int | None = field(default=None, metadata={"min": 1})
-    """Positions a query looks back on; null: all."""
+    """Positions that a query sees, itself and those just before it, as in Mistral; null: itself and all before."""
     tie_embeddings: bool = True
     """Use the word embedding as the output head."""
     dropout: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
@@ -78,6 +87,13 @@ class ModelConfig:
             raise ValueError("model.vocab_size is null: it is known once the tokenizer is (training.compose.resolve)")
         return self.vocab_size
 
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the tables of words and of learned positions; an untied head is none. Raises ValueError while
+        `vocab_size` is null."""
+        positions = self.max_position_embeddings if self.position_embedding == "learned" else 0
+        return self.hidden_size * (self.vocabulary + positions)
+
     def parameter_count(self, tp: int = 1) -> int:
         """Parameters of the model, without padding; with `tp` ranks to share them, those that one rank holds.
 
@@ -93,6 +109,8 @@ class ModelConfig:
         layer = self.hidden_size * (columns + query + ffn) + 2 * norm
         if self.bias:
             layer += columns + 2 * self.hidden_size
+        if self.qk_norm:
+            layer += 2 * self.head_size
         tables = -(-self.vocabulary // tp) * (1 if self.tie_embeddings else 2)
         if self.position_embedding == "learned":
             tables += self.max_position_embeddings

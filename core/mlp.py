@@ -16,7 +16,16 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh}
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu2": squared_relu,
+}
 
 
 class MLP(nn.Module):

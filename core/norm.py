@@ -29,11 +29,16 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467).
 
-    def __init__(self, hidden_size: int, eps: float, *, tensor: TensorParallel) -> None:
+    Args:
+        per_head: whether `x` are heads, of which a tensor-parallel rank has its own.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, *, tensor: TensorParallel, per_head: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.partial_gradient = per_head
         self.weight = tensor.parameter(hidden_size)
         self.initial_values: dict[str, InitialValue] = {"weight": Constant(1.0)}
 

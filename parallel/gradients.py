@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import ParallelMesh
-from parallel.tensor import ColumnParallelLinear, TensorParallel
+from parallel.tensor import TensorParallel
 
 
 def is_whole_on_each_rank(parameter: torch.Tensor) -> bool:
@@ -23,7 +23,8 @@ def partial_parameters(model: nn.Module, tensor: TensorParallel) -> list[nn.Para
     """Parameters of whose gradient each tensor-parallel rank finds a summand only.
 
     These are the ones that are whole on each rank but see a part of the work: all of them where the sequence is cut,
-    and keys and values that are fewer than ranks.
+    and always those of modules whose `partial_gradient` is true because a rank uses them for its own heads alone: keys
+    and values that are fewer than ranks, norms of queries and keys.
     """
     if tensor.size == 1:
         return []
@@ -32,7 +33,7 @@ def partial_parameters(model: nn.Module, tensor: TensorParallel) -> list[nn.Para
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
         if is_whole_on_each_rank(parameter)
-        and (tensor.sequence or (isinstance(module, ColumnParallelLinear) and module.replicated_parts is not None))
+        and (tensor.sequence or getattr(module, "partial_gradient", False))
     ]
 
 

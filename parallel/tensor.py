@@ -116,6 +116,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.replicated_parts = parts if parts is not None and parts < tensor.size else None
+        self.partial_gradient = self.replicated_parts is not None
         shard = 0 if self.replicated_parts is None else None
         self.weight = tensor.parameter(out_features, in_features, shard=shard)
         self.initial_values: dict[str, InitialValue] = {"weight": Normal(init_std)}
