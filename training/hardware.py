@@ -33,8 +33,8 @@ PEAK_TERAFLOPS: dict[str, dict[str, float]] = {
     "mi300x": {"fp16": 1307.4, "bf16": 1307.4, "tf32": 653.7, "fp32": 163.4},
     "mi325x": {"fp16": 1307.4, "bf16": 1307.4, "tf32": 653.7, "fp32": 163.4},
 }
-"""Teraflops a second by `train.precision`, as the makers' data sheets have them: dense, accumulated in float32; on NVIDIA's
-fp32 does without tensor cores. What is not certain is absent."""
+"""Teraflops by device and `train.precision`, from the makers' data sheets: dense, summed in float32; fp32 on NVIDIA's
+without tensor cores. What is not certain is absent."""
 
 PLAIN_WORDS = re.compile(r"nvidia|tesla|geforce|amd|instinct|sxm[245]|\d+gb|hbm3e?")
 """Words in a device's name that make no difference to its peak. Any other does: `MIG`, `Laptop`, `Ti`."""
