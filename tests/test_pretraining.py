@@ -344,6 +344,44 @@ def test_a_run_that_is_told_to_stop_saves_first(out_dir, ranks, signal_name):
     assert ranks > 1 or run.returncode == 75
 
 
+def test_a_run_is_seen_in_tensorboard_and_in_a_profile(out_dir):
+    words = ["train.steps=4", "train.eval_interval=2", "checkpoint.interval=2", "log.tensorboard=true"]
+    words += ["train.profile=2-3", "train.gc_interval=2"]
+    assert train(out_dir, "seen", 2, *words, "train.exit_after=2") == 75
+    profiles = out_dir / "seen" / "logs" / "profile"
+    assert {path.name.partition(".")[0] for path in profiles.iterdir()} == {"steps_2-2"}
+    assert train(out_dir, "seen", 2, *words) == 0
+    assert {path.name.partition(".")[0] for path in profiles.iterdir()} == {"steps_2-2", "steps_3-3"}
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    points = accumulator.EventAccumulator(str(out_dir / "seen" / "tensorboard")).Reload()
+    logged = [record["loss"] for record in lines(out_dir, "seen", "metrics.jsonl").values()]
+    assert [point.step for point in points.Scalars("loss")] == [1, 2, 3, 4]
+    np.testing.assert_allclose([point.value for point in points.Scalars("loss")], logged, rtol=1e-6)
+    assert [point.step for point in points.Scalars("eval_loss")] == [2, 4]
+    assert train(out_dir, "unseen", 2, "train.steps=4", "train.eval_interval=2") == 0
+    assert numbers(out_dir, "unseen") == numbers(out_dir, "seen")
+    assert not (out_dir / "unseen" / "tensorboard").exists()
+    speeds = [
+        (r["tokens_per_second"], r["tokens_per_second_per_gpu"])
+        for r in lines(out_dir, "seen", "metrics.jsonl").values()
+    ]
+    assert all(total == 2 * one for total, one in speeds)
+
+
+def test_what_a_time_out_left_is_said_at_the_next_start(out_dir, capsys):
+    assert train(out_dir, "hung", 1, "train.steps=2", "train.exit_after=1") == 75
+    state = out_dir / "hung" / "status.json"
+    state.write_text(state.read_text().replace("preempted", "running"))
+    for rank in range(2):
+        (out_dir / "hung" / "logs" / f"nccl_trace_rank_{rank}").touch()
+    again = command_line(sys.executable, "pretrain_gpt.py", *SMALL, "train.steps=2", f"out_dir={out_dir}", "name=hung")
+    assert again.returncode == 0
+    assert (
+        f"2 ranks left what they had communicated before a time-out, for `torchfrtrace {out_dir}/hung/logs"
+        in again.stdout
+    )
+
+
 def test_torchrun_and_the_command_line_end_to_end(out_dir):
     """What no test above goes through: torchrun itself, stdout of rank 0 alone, and exit codes of the process."""
     words = [*SMALL, f"out_dir={out_dir}", "train.steps=4", "train.eval_interval=2", "name=torchrun"]
