@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.cuda._memory_viz import trace_plot
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from training.mirror import first_line
@@ -34,7 +33,7 @@ class StepProfiler:
         self._attempt(self._end, step)
 
     def close(self) -> None:
-        """Writes what there is of a profile that the end of the run cuts short."""
+        """Writes what there is of a profile where the run ends inside the range. Waits for the device."""
         self._attempt(self._end, self._steps.stop - 1)
 
     def _attempt(self, action: Callable[[int], None], step: int) -> None:
@@ -78,15 +77,17 @@ class StepProfiler:
         self._steps, self._profile = range(0), None
 
     def _write(self, profiled: profile, name: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        order = "self_cpu_time_total"
+        order, memory = "self_cpu_time_total", None
         if self._device.type == "cuda":
-            order = "self_device_time_total"
-            # An HTML page rather than torch's pickle: nobody should have to load one.
-            page = trace_plot(torch.cuda.memory._snapshot())
+            order, memory = "self_device_time_total", torch.cuda.memory._snapshot()
             torch.cuda.memory._record_memory_history(enabled=None)
-            (self._folder / f"{name}.memory.html").write_text(page, encoding="utf-8")
+        self._folder.mkdir(parents=True, exist_ok=True)
         table = profiled.key_averages().table(sort_by=order, row_limit=OPERATORS)
         (self._folder / f"{name}.operators.txt").write_text(f"{table}\n", encoding="utf-8")
         profiled.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
+        if memory is not None:
+            # A page that a browser reads, rather than torch's pickle, which nobody should have to load.
+            from torch.cuda._memory_viz import trace_plot
+
+            (self._folder / f"{name}.memory.html").write_text(trace_plot(memory), encoding="utf-8")
         self._note(f"profile: {self._folder / name}.* (the trace opens in ui.perfetto.dev)")

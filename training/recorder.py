@@ -112,10 +112,11 @@ class Recorder:
             for mirror in self._mirrors:
                 stack.callback(mirror.close, failed=state == "failed")
             stack.callback(self.metrics.close)
+            if state != "completed":
+                stack.callback(self._plot, {})
+            # The status before the picture: a launcher whose other ranks have ended may not leave time for both.
             stack.callback(self.directory.write_status, state, step, reason)
             stack.callback(self.console.close)
-            if state != "completed":
-                self._plot({})
 
     def _plot(self, references: dict[str, float]) -> None:
         """Draw the loss curve; a picture is never worth a run."""

@@ -14,9 +14,11 @@ class EventFiles:
     """Writes every number as a scalar of its step into a folder that TensorBoard reads."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """TensorBoard drops what earlier files of the folder hold of steps after `step`. Raises ImportError."""
-        from torch.utils.tensorboard import SummaryWriter
-
+        """TensorBoard drops what earlier files of the folder hold of steps after `step`. May raise anything."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"{error}; `pip install tensorboard` brings it") from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_SECONDS)
 
     def write(self, values: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,10 @@ class Trainer:
         train = self.config.train
         steps = train.profile_steps if self.recorder else range(0)
         profiler = StepProfiler(steps, Path(self.config.run_dir) / LOGS / "profile", self.device, self._note)
-        with collection_every(train.gc_interval) as collect_garbage, closing(profiler):
-            return self._loop(profiler, collect_garbage)
+        with collection_every(train.gc_interval) as collect_garbage:
+            completed = self._loop(profiler, collect_garbage)
+        profiler.close()  # not after an error: a device that hangs would be waited for
+        return completed
 
     def _loop(self, profiler: StepProfiler, collect_garbage: Callable[[int], None]) -> bool:
         config = self.config

@@ -12,9 +12,9 @@ from training.profiling import OPERATORS, StepProfiler
 CPU = torch.device("cpu")
 
 
-def profiled(folder, asked, taken, notes):
+def profiled(folder, asked, taken, notes, device=CPU):
     """Takes steps under a profiler, as the trainer does; returns the files by name."""
-    profiler = StepProfiler(asked, folder, CPU, notes.append)
+    profiler = StepProfiler(asked, folder, device, notes.append)
     for step in taken:
         profiler.begin(step)
         torch.ones(8, 8) @ torch.ones(8, 8)
@@ -70,3 +70,14 @@ def test_a_failure_is_one_line(tmp_path):
     assert len(notes) == 1
     assert notes[0].startswith("profile: given up (NotADirectoryError: ")
     assert profiled(tmp_path / "profile", range(1, 2), range(1, 2), notes)
+
+
+def test_on_a_gpu_the_memory_is_recorded_for_as_long_as_the_profile_and_shown_in_a_page(monkeypatch, tmp_path):
+    calls, notes = [], []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda enabled="all", **_: calls.append(enabled))
+    monkeypatch.setattr(memory, "_snapshot", lambda: calls.append("snapshot") or {"segments": [], "device_traces": []})
+    files = profiled(tmp_path / "profile", range(2, 4), range(1, 6), notes, torch.device("cuda"))
+    assert calls == ["all", "snapshot", None]
+    assert set(files) == {f"steps_2-3.{end}" for end in ("trace.json.gz", "operators.txt", "memory.html")}
+    assert "snapshot" in files["steps_2-3.memory.html"].read_text()

@@ -51,6 +51,7 @@ def test_a_missing_package_or_an_obstacle_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "tensorboard").write_text("a file")
     (note,) = start(tmp_path, 0, [1], loss=1.0)
     assert note.startswith("tensorboard: no event files (")
+    assert "\n" not in note
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     (note,) = start(tmp_path, 0, [1], loss=1.0)
-    assert note.startswith("tensorboard: no event files (")
+    assert note.endswith("`pip install tensorboard` brings it)")

@@ -155,7 +155,7 @@ PROXY = {"http_proxy": "http://127.0.0.1:9"}
     ("mode", "more", "said"),
     [
         ("offline", {}, []),
-        ("online", {}, ["wandb: no online run ([Errno 111] Connection refused"]),
+        ("online", {}, ["wandb: no online run ([Errno "]),
         ("online", PROXY, ["wandb: no online run (No API key configured"]),
         ("online", {"WANDB_API_KEY": "0" * 40, **PROXY}, ["wandb: no online run ("]),
     ],
