@@ -2,7 +2,8 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "transformers>=5"]
+TENSORBOARD = ["tensorboard>=2.18"]
+TEST = ["pytest>=8", "hypothesis>=6", "transformers>=5", *TENSORBOARD]
 LINT = ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 
 setup(
@@ -24,6 +25,6 @@ setup(
         "matplotlib>=3.8",
         "wandb>=0.31",
     ],
-    extras_require={"test": TEST, "dev": TEST + LINT},
+    extras_require={"tensorboard": TENSORBOARD, "test": TEST, "dev": TEST + LINT},
     entry_points={"console_scripts": ["kilotron=tools.cli:main"]},
 )

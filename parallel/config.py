@@ -34,6 +34,8 @@ class ParallelConfig:
     zero: int = field(default=3, metadata={"choices": (1, 2, 3)})
     """3 gathers weights in forward and backward and reduces gradients every micro-batch (least memory);
     2 gathers once a step; 1 gathers and reduces once a step (least communication)."""
+    timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
+    """Minutes that a rank waits for the others, or for rank 0 to prepare data, before it takes them for lost."""
 
     @property
     def dp(self) -> int:

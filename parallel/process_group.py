@@ -1,16 +1,19 @@
 """Joining and leaving the process group: who this rank is, which device it has, and which backend connects it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+FLIGHT_RECORD = "nccl_trace_rank_"
+"""How the files begin that NCCL's flight recorder writes; the rank follows."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,18 @@ class ProcessInfo:
 
 
 @contextmanager
-def process_group(timeout: timedelta, environment: Mapping[str, str] = os.environ) -> Iterator[ProcessInfo]:
+def process_group(
+    timeout: timedelta, environment: Mapping[str, str] = os.environ, logs: Path | None = None
+) -> Iterator[ProcessInfo]:
     """Join the group that torchrun describes in the environment, or one of a single process; leave it at the end.
 
     NCCL connects CUDA tensors and gloo CPU tensors; without CUDA there is gloo alone. With an empty `environment` the
-    process stays alone wherever it was started.
+    process stays alone wherever it was started. Where a collective on CUDA takes longer than `timeout`, NCCL's watchdog
+    ends each rank, which leaves what it had communicated in the folder `logs`, if that is there by then.
     """
     device = _device(environment)
+    if device.type == "cuda" and logs is not None:
+        keep_flight_records(logs, os.environ)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if environment.get("WORLD_SIZE"):
         dist.init_process_group(backend, timeout=timeout)
@@ -45,6 +53,12 @@ def process_group(timeout: timedelta, environment: Mapping[str, str] = os.enviro
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def keep_flight_records(folder: Path, environment: MutableMapping[str, str]) -> None:
+    """Let NCCL's flight recorder, which torch keeps on, write into `folder` where the user has not chosen a place."""
+    if not {"TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"} & environment.keys():
+        environment["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / FLIGHT_RECORD)
 
 
 def _device(environment: Mapping[str, str]) -> torch.device:

@@ -1,5 +1,6 @@
-"""What only a GPU can tell: the numbers of the CPU in each precision, resuming, and the memory of the fused loss."""
+"""What only a GPU can tell: the CPU's numbers in each precision, resuming, profiles, the memory of the fused loss."""
 
+import gzip
 import json
 import os
 
@@ -85,3 +86,12 @@ def test_the_fused_loss_equals_the_plain_one_and_holds_no_logits():
     plain.backward()
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients, (hidden.grad, weight.grad), rtol=1e-9, atol=1e-9)
+
+
+def test_a_profile_holds_kernels_and_the_memory(out_dir):
+    assert train(out_dir, "profiled", "train.steps=4", "train.profile=2-3") == 0
+    folder = out_dir / "profiled" / "logs" / "profile"
+    trace = json.loads(gzip.decompress((folder / "steps_2-3.trace.json.gz").read_bytes()))
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+    assert "CUDA" in (folder / "steps_2-3.operators.txt").read_text()
+    assert (folder / "steps_2-3.memory.html").stat().st_size > 10_000

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 import pretrain_gpt
+from data.batches import BatchReader
 from data.errors import CorruptDataError
 from data.indexed_dataset import IndexedDatasetWriter
 from parallel.local_ranks import run_ranks
@@ -345,6 +347,57 @@ def test_a_run_that_is_told_to_stop_saves_first(out_dir, ranks, signal_name):
     assert (out_dir / name / "checkpoints" / f"step_{found['step']:08d}" / "manifest.json").exists()
     assert "start again to continue" in printed
     assert ranks > 1 or run.returncode == 75
+
+
+def test_a_run_is_seen_in_tensorboard_and_in_a_profile(out_dir):
+    words = ["train.steps=4", "train.eval_interval=2", "checkpoint.interval=2", "log.tensorboard=true"]
+    words += ["train.profile=1-3", "train.gc_interval=2"]
+    assert train(out_dir, "seen", 2, *words, "train.exit_after=2") == 75
+    profiles = out_dir / "seen" / "logs" / "profile"
+    assert {path.name.partition(".")[0] for path in profiles.iterdir()} == {"steps_1-2"}
+    assert train(out_dir, "seen", 2, *words) == 0
+    assert {path.name.partition(".")[0] for path in profiles.iterdir()} == {"steps_1-2", "steps_3-3"}
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    points = accumulator.EventAccumulator(str(out_dir / "seen" / "tensorboard")).Reload()
+    logged = [record["loss"] for record in lines(out_dir, "seen", "metrics.jsonl").values()]
+    assert [point.step for point in points.Scalars("loss")] == [1, 2, 3, 4]
+    np.testing.assert_allclose([point.value for point in points.Scalars("loss")], logged, rtol=1e-6)
+    assert [point.step for point in points.Scalars("eval_loss")] == [2, 4]
+    assert train(out_dir, "unseen", 2, "train.steps=4", "train.eval_interval=2") == 0
+    assert numbers(out_dir, "unseen") == numbers(out_dir, "seen")
+    assert not (out_dir / "unseen" / "tensorboard").exists()
+    speeds = [
+        (r["tokens_per_second"], r["tokens_per_second_per_gpu"])
+        for r in lines(out_dir, "seen", "metrics.jsonl").values()
+    ]
+    assert all(total == 2 * one for total, one in speeds)
+
+
+def one_rank_that_hangs(rank, world_size, words):
+    if rank == 1:
+        BatchReader.read = lambda *_: time.sleep(100)
+    return pretrain_gpt.main(words, os.environ)
+
+
+def test_a_rank_that_does_not_answer_ends_the_run_after_the_time_out(out_dir):
+    words = [*SMALL, f"out_dir={out_dir}", "name=waiting", "train.steps=2", "parallel.timeout_minutes=0.1"]
+    with pytest.raises(PeerError):
+        run_ranks(2, one_rank_that_hangs, words, initialize=False, timeout=60)
+    assert status(out_dir, "waiting")["state"] == "failed"
+
+
+def test_what_a_time_out_left_is_said_at_the_next_start(out_dir, capsys):
+    assert train(out_dir, "hung", 1, "train.steps=2", "train.exit_after=1") == 75
+    state = out_dir / "hung" / "status.json"
+    state.write_text(state.read_text().replace("preempted", "running"))
+    for rank in range(2):
+        (out_dir / "hung" / "logs" / f"nccl_trace_rank_{rank}").touch()
+    again = command_line(sys.executable, "pretrain_gpt.py", *SMALL, "train.steps=2", f"out_dir={out_dir}", "name=hung")
+    assert again.returncode == 0
+    assert (
+        f"2 ranks left what they had communicated before a time-out, for `torchfrtrace {out_dir}/hung/logs"
+        in again.stdout
+    )
 
 
 def test_torchrun_and_the_command_line_end_to_end(out_dir):

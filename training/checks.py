@@ -1,6 +1,7 @@
 """What a configuration must satisfy: each rule is a small function that says what is wrong, why, and what works."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from itertools import chain
@@ -306,6 +307,20 @@ def check_schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
+def check_profile(config: RunConfig) -> Iterator[str]:
+    """The steps to profile are a range of those that the run takes."""
+    profile, end, steps = config.train.profile, config.train.steps, config.train.profile_steps
+    if profile is None or (steps and steps[0] >= 1 and steps[-1] <= end):
+        return
+    numbers = re.findall(r"\d{1,9}", profile)[:2] or ["10", "12"]
+    first, *last = sorted({min(max(int(number), 1), end) for number in numbers})
+    near = "-".join(map(str, [first, *last]))
+    yield (
+        f"train.profile={profile}: not the number of a step, or of the first and the last as in 10-12, out of "
+        f"train.steps={end}; try train.profile={near}"
+    )
+
+
 def check_split(config: RunConfig) -> Iterator[str]:
     """Three shares, some of them for training, and for validation where it is asked for."""
     shares, interval = config.data.split, config.train.eval_interval
@@ -370,6 +385,7 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_tensor_sequence,
     check_batch,
     check_schedule,
+    check_profile,
     check_split,
     check_checkpoint,
 )

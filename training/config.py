@@ -1,5 +1,6 @@
 """The root of the configuration: the groups that training owns, and one frozen object that holds all of them."""
 
+import re
 from dataclasses import dataclass, field
 
 from core.config import ModelConfig
@@ -69,6 +70,17 @@ class TrainConfig:
     """Save and end as preempted once this many steps were taken by this start; null: never."""
     init_device: str | None = field(default=None, metadata={"choices": ("cpu", "cuda")})
     """Device that draws initial weights; null: the training device. `cpu` makes them equal across kinds of device."""
+    profile: str | None = None
+    """Steps, such as 10-12, of which rank 0 writes a trace, a table of operators and, on a GPU, its memory over time to
+    logs/profile; null: none. Three are enough; profiled steps are slower."""
+    gc_interval: int = field(default=50, metadata={"min": 0})
+    """Steps between Python's garbage collections, which happen on all ranks at once; 0 leaves them to Python."""
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps that `profile` names, counted from 1; empty for null and for what cannot be read."""
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", self.profile or "")
+        return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ class LogConfig:
     """Report to Weights & Biases; never hurts the run where it fails."""
     wandb_project: str = "kilotron"
     """Project that runs are reported to."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to the run's folder tensorboard; never hurts the run where it fails."""
     sample_ids: bool = False
     """Write the samples of every step, gathered from what each rank fed, to samples.jsonl."""
 

@@ -28,10 +28,12 @@ class StepMetrics:
     """Global gradient norm before clipping."""
     tokens_per_second: float
     """Tokens over all ranks."""
+    tokens_per_second_per_gpu: float
+    """Tokens over all ranks, divided by their number (on a CPU too)."""
     step_ms: float
     """Milliseconds a step took."""
     data_ms: float
-    """Milliseconds of a step spent waiting for its batch."""
+    """Milliseconds of a step that rank 0 spent waiting for its batch."""
     mfu: float | None
     """Share of the device's peak arithmetic that the model used, 0 to 1; None where the peak is unknown."""
     memory_gb: float

@@ -1,4 +1,4 @@
-"""Everything a run tells the world, in one place: console, metrics, wandb, status and the loss curve. Rank 0 only."""
+"""Everything a run tells the world, in one place: console, metrics, mirrors, status, the loss curve. Rank 0 only."""
 
 import math
 import sys
@@ -7,12 +7,17 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from training.config import RunConfig
-from training.console import Console
+from training.console import Console, humanise
 from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, read_metrics
+from training.mirror import Mirror
 from training.plot import plot_loss
 from training.run_directory import RunDirectory, State
 from training.samples import FedSamples
-from training.wandb_log import WandbLog
+from training.tensorboard_log import open_tensorboard
+from training.wandb_log import open_wandb
+
+DATA_WAIT_LIMIT = 0.05
+"""Share of a step above which waiting for data is worth a warning."""
 
 
 class Recorder:
@@ -25,10 +30,17 @@ class Recorder:
         self.running(directory.previous.step if directory.previous else 0)
         self.metrics = MetricsLog(directory.path, directory.attempt)
         self.console = Console(config.train.steps, interactive=sys.stdout.isatty())
-        log = config.log
-        self.wandb = WandbLog(
-            log.wandb, log.wandb_project, directory.path, config.name, asdict(config), self.console.note
-        )
+        self._mirrors: list[Mirror] = []
+        self._intervals = 0
+        self._data_is_late = False
+
+    def start(self, step: int) -> None:
+        """Put down that the run goes on from `step`, and open what its metrics are repeated to."""
+        self.running(step)
+        log, run_dir, note = self.config.log, self.directory.path, self.console.note
+        self._mirrors = [open_wandb(log.wandb, log.wandb_project, run_dir, self.config.name, asdict(self.config), note)]
+        if log.tensorboard:
+            self._mirrors.append(open_tensorboard(run_dir, step, note))
 
     def running(self, step: int) -> None:
         """Put down in status.json that the run stands at `step` and goes on."""
@@ -38,14 +50,33 @@ class Recorder:
         """Report a logged step."""
         self.console.step(metrics)
         self.metrics.log_step(metrics)
-        self.wandb.log_step(metrics)
+        for mirror in self._mirrors:
+            mirror.log_step(metrics)
+        self._intervals += 1
+        if self._intervals > 1:  # the first one starts threads, compiles, and fills caches
+            self._comment(metrics)
+
+    def _comment(self, metrics: StepMetrics) -> None:
+        """Say what the line of a step has no room for: once a start, or once until it gets better."""
+        if self._intervals == 2 and metrics.tokens_per_second_per_gpu != metrics.tokens_per_second:
+            self.console.note(f"speed  {humanise(metrics.tokens_per_second_per_gpu)} tok/s a rank")
+        share = metrics.data_ms / metrics.step_ms
+        if share > DATA_WAIT_LIMIT and not self._data_is_late:
+            self._data_is_late = True
+            self.console.note(
+                f"slow data: rank 0 waited for its batches {share:.0%} of the time since the last line; "
+                f"try data.num_workers={2 * self.config.data.num_workers or 1}, or faster storage for the data"
+            )
+        elif share < DATA_WAIT_LIMIT / 2:  # not at once below the limit, or it would be said at every other line
+            self._data_is_late = False
 
     def evaluation(self, step: int, loss: float) -> None:
         """Report an evaluation after `step`."""
         metrics = EvaluationMetrics(step, loss)
         self.console.evaluation(metrics)
         self.metrics.log_evaluation(metrics)
-        self.wandb.log_evaluation(metrics)
+        for mirror in self._mirrors:
+            mirror.log_evaluation(metrics)
 
     def samples(self, step: int, fed: FedSamples) -> None:
         """Record what a step was fed."""
@@ -78,12 +109,14 @@ class Recorder:
         with ExitStack() as stack:
             # Whatever fails here, a full disk say, the others are closed all the same.
             stack.callback(self.directory.release)
-            stack.callback(self.wandb.close, exit_code=1 if state == "failed" else 0)
+            for mirror in self._mirrors:
+                stack.callback(mirror.close, failed=state == "failed")
             stack.callback(self.metrics.close)
+            if state != "completed":
+                stack.callback(self._plot, {})
+            # The status before the picture: a launcher whose other ranks have ended may not leave time for both.
             stack.callback(self.directory.write_status, state, step, reason)
             stack.callback(self.console.close)
-            if state != "completed":
-                self._plot({})
 
     def _plot(self, references: dict[str, float]) -> None:
         """Draw the loss curve; a picture is never worth a run."""

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from parallel.process_group import ProcessInfo, is_peer_failure, on_rank_zero, process_group
+from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
 from training.errors import ConfigError, PeerError, RunError, StorageError
+from training.mirror import first_line
 from training.recorder import Recorder
-from training.run_directory import RunDirectory, State, difference
+from training.run_directory import LOGS, RunDirectory, State, difference
 from training.stop import stoppable
 from training.trainer import Trainer
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 PREEMPTED = 75
 
 
@@ -27,6 +27,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
     which the other ranks raise when one fails on its own.
     """
     recorder: Recorder | None = None
+    logs = Path(config.run_dir) / LOGS
 
     def begin() -> str | None:
         nonlocal recorder
@@ -36,9 +37,12 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         if standing is None:
             directory.record_start(config, overrides)
             recorder = Recorder(config, directory)
+            if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
+                recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
         return standing
 
-    with stoppable() as stop, process_group(COLLECTIVE_TIMEOUT) as process:
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    with stoppable() as stop, process_group(timeout, logs=logs) as process:
         trainer = None
         try:
             standing = on_rank_zero(begin)
@@ -49,7 +53,7 @@ def train(config: RunConfig, overrides: list[str]) -> int:
             trainer = Trainer(config, process, recorder, stop)
             completed = trainer.run()
         except BaseException as error:
-            failure = _as_peer_error(error)
+            failure = _as_peer_error(error, logs)
             _put_down(failure, config, process, recorder, trainer.step if trainer else None)
             if failure is error:
                 raise
@@ -65,11 +69,18 @@ def train(config: RunConfig, overrides: list[str]) -> int:
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
 
 
-def _as_peer_error(error: BaseException) -> BaseException:
+def _as_peer_error(error: BaseException, logs: Path) -> BaseException:
     if not is_peer_failure(error):
         return error
-    first_line = (str(error).splitlines() or [""])[0]
-    return PeerError(f"another rank left or did not answer; its own message, or logs/, says why ({first_line})")
+    clues = "; ".join(["its own message, or logs/, says why", *filter(None, [flight_records(logs)])])
+    return PeerError(f"another rank left or did not answer; {clues} ({first_line(error)})")
+
+
+def flight_records(logs: Path) -> str:
+    """What ranks put down of their communication before NCCL's time-out ended them, in words; "" where none did."""
+    count = len([*logs.glob(f"{FLIGHT_RECORD}*")])
+    reader = f"torchfrtrace {logs} --prefix {FLIGHT_RECORD}"
+    return f"{count} ranks left what they had communicated before a time-out, for `{reader}`" if count else ""
 
 
 def _put_down(

@@ -24,6 +24,9 @@ from training.errors import ConfigError, RunDirectoryError, StorageError
 KEPT_TOKENIZER = "tokenizer.tiktoken"
 """Copy of the data's `.tiktoken` file in the run directory, so that the run can be moved and read anywhere."""
 
+LOGS = "logs"
+"""Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
+
 State = Literal["running", "completed", "preempted", "failed"]
 Config = TypeVar("Config")
 
@@ -91,13 +94,14 @@ class RunDirectory:
             self._lock.close()
 
     def record_start(self, config: RunConfig, overrides: list[str]) -> None:
-        """Records what is started: config.yaml, overrides.txt and environment.json. Raises StorageError.
+        """Records what is started: config.yaml, overrides.txt and environment.json; makes logs/. Raises StorageError.
 
         An earlier start's record is replaced: its checkpoints carry their own.
         """
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
         write_atomically(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides).encode())
         write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
+        (self.path / LOGS).mkdir(exist_ok=True)
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Copies the data's tokenizer file here. Raises StorageError."""
@@ -127,7 +131,7 @@ class RunDirectory:
     def write_rank_failure(self, rank: int, error: BaseException) -> None:
         """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort."""
         with contextlib.suppress(OSError, StorageError):
-            logs = self.path / "logs"
+            logs = self.path / LOGS
             logs.mkdir(exist_ok=True)
             (logs / f"rank_{rank:05d}.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             step, attempt = (self.previous.step, self.previous.attempt) if self.previous else (0, 0)

@@ -1,7 +1,7 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +25,13 @@ from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifes
 from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
+from training.garbage import collection_every
 from training.hardware import model_flops_utilization
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
+from training.profiling import StepProfiler
 from training.recorder import Recorder
-from training.run_directory import difference
+from training.run_directory import LOGS, difference
 from training.samples import describe_non_finite, gather_samples
 from training.schedule import learning_rate
 from training.stop import StopRequest
@@ -59,16 +61,26 @@ class Trainer:
 
     def run(self) -> bool:
         """Train until `train.steps`, then True; or until `train.exit_after` or a request to stop, then False."""
+        train = self.config.train
+        steps = train.profile_steps if self.recorder else range(0)
+        profiler = StepProfiler(steps, Path(self.config.run_dir) / LOGS / "profile", self.device, self._note)
+        with collection_every(train.gc_interval) as collect_garbage:
+            completed = self._loop(profiler, collect_garbage)
+        profiler.close()  # not after an error: a device that hangs would be waited for
+        return completed
+
+    def _loop(self, profiler: StepProfiler, collect_garbage: Callable[[int], None]) -> bool:
         config = self.config
         if self.recorder:
             self.recorder.console.start(config, self.parameter_count, self._device_name())
-            self.recorder.running(self.step)
+            self.recorder.start(self.step)
         first_step = self.step
         self.stop.heeded = True
         reader = self._reader(self.splits.train)
         unchecked: StepResult | None = None
         stopping = False
         while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
+            profiler.begin(self.step + 1)
             with self.timer.step():
                 with self.timer.waiting_for_data():
                     micro_batches = reader.read(self.consumed_samples)
@@ -79,7 +91,9 @@ class Trainer:
                 unchecked = result
                 if self._log_is_due(self.step + 1):
                     self._check(result)
+                collect_garbage(self.step + 1)
             self.step += 1
+            profiler.end(self.step)
             self.consumed_samples += config.train.global_batch_size
             self._report(result)
             if self._is_due(config.train.eval_interval):
@@ -242,6 +256,7 @@ class Trainer:
                 lr=learning_rate(config, self.step),
                 grad_norm=gradient_norm,
                 tokens_per_second=tokens_per_second,
+                tokens_per_second_per_gpu=tokens_per_second / dist.get_world_size(),
                 step_ms=step_ms,
                 data_ms=data_ms,
                 mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),

@@ -1,61 +1,52 @@
-"""Weights & Biases, best effort: whatever goes wrong with it is said in one line and never reaches the run."""
+"""Weights & Biases, with one run id across resumes."""
 
 import importlib
 import secrets
+import socket
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from training.metrics import EvaluationMetrics, StepMetrics
+from training.mirror import Mirror
 from training.run_directory import write_atomically
 
 LIMIT_SECONDS = 30
 """Longest that signing in, and handing over the last records, may each hold up a run."""
+CONNECT_SECONDS = 5
+"""Longest that a server may take to answer at all."""
 
 
-class WandbLog:
-    """Mirrors the metrics of a run to Weights & Biases under one id across resumes. For rank 0 only; raises nothing.
+class WandbRun:
+    """A run of wandb; metrics carry their own step, as wandb's would drop those that a resume takes again."""
+
+    def __init__(self, mode: str, project: str, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+        """`mode` is offline or online. Raises whatever keeps wandb from starting."""
+        self._run = _start(mode, project, run_dir, name, config)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Reports values, which hold their step."""
+        self._run.log(values)
+
+    def close(self, failed: bool, /) -> None:
+        """Ends the run as successful or failed."""
+        self._run.finish(exit_code=int(failed))
+
+
+def open_wandb(
+    mode: str, project: str, run_dir: Path, name: str, config: dict[str, Any], note: Callable[[str], None]
+) -> Mirror:
+    """Mirrors metrics to Weights & Biases; `mode` is off, offline or online. With `off`, wandb is not even imported.
 
     `online` without a key or a connection goes on as `offline`, whose records `wandb sync` sends later.
     """
-
-    def __init__(
-        self, mode: str, project: str, run_dir: Path, name: str, config: dict[str, Any], note: Callable[[str], None]
-    ) -> None:
-        """`mode` is off, offline or online; `note` prints a line. With `off`, wandb is not even imported."""
-        self._note = note
-        self._run: Any = None
-        for choice in {"off": (), "offline": ("offline",), "online": ("online", "offline")}[mode]:
-            try:
-                self._run = _start(choice, project, run_dir, name, config)
-            except Exception as error:
-                note(f"wandb: no {choice} run ({_first_line(error)})")
-            else:
-                return
-
-    def log_step(self, metrics: StepMetrics) -> None:
-        """Reports a training step."""
-        self._report(lambda run: run.log(asdict(metrics)))
-
-    def log_evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Reports an evaluation."""
-        values = {"step": metrics.step, "eval_loss": metrics.loss, "perplexity": metrics.perplexity}
-        self._report(lambda run: run.log(values))
-
-    def close(self, exit_code: int = 0) -> None:
-        """Hands over what is left and ends the run as successful or, with an exit code other than 0, as failed."""
-        self._report(lambda run: run.finish(exit_code=exit_code))
-        self._run = None
-
-    def _report(self, action: Callable[[Any], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:
-            self._run = None
-            self._note(f"wandb: turned off ({_first_line(error)}); metrics.jsonl goes on")
+    modes = {"off": (), "offline": ("offline",), "online": ("online", "offline")}[mode]
+    starts = {
+        f"{choice} run": lambda choice=choice: WandbRun(choice, project, run_dir, name, config) for choice in modes
+    }
+    return Mirror("wandb", starts, note)
 
 
 def _start(mode: str, project: str, run_dir: Path, name: str, config: dict[str, Any]) -> Any:
@@ -63,8 +54,10 @@ def _start(mode: str, project: str, run_dir: Path, name: str, config: dict[str, 
     # The service behind a start that failed would still hold the run's id.
     wandb.teardown()
     # Silent, it cannot stop at a prompt for a key on a terminal.
-    wandb.setup(wandb.Settings(silent=True))
-    run = wandb.init(
+    session = wandb.setup(wandb.Settings(silent=True))
+    if mode == "online":
+        _require_connection(session.settings.base_url)
+    return wandb.init(
         mode=mode,
         project=project,
         name=name,
@@ -80,9 +73,6 @@ def _start(mode: str, project: str, run_dir: Path, name: str, config: dict[str, 
             finish_timeout=LIMIT_SECONDS,
         ),
     )
-    # Own steps: wandb's would drop those that a resume takes again.
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def _run_id(run_dir: Path) -> str:
@@ -92,5 +82,9 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def _require_connection(address: str) -> None:
+    """Raises OSError where nobody answers: wandb would try for LIMIT_SECONDS. A proxy is left to wandb."""
+    server = urlsplit(address)
+    if server.scheme not in getproxies():
+        default = 80 if server.scheme == "http" else 443
+        socket.create_connection((server.hostname, server.port or default), timeout=CONNECT_SECONDS).close()

@@ -1,12 +1,14 @@
 """What rank 0 decides reaches every rank, errors included; a process alone is a group of one."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from parallel.local_ranks import run_ranks
-from parallel.process_group import is_peer_failure, on_rank_zero, process_group
+from parallel.process_group import FLIGHT_RECORD, is_peer_failure, keep_flight_records, on_rank_zero, process_group
 from training.errors import ConfigError
 
 
@@ -55,3 +57,18 @@ def test_a_process_alone_is_a_group_of_one(monkeypatch):
     with pytest.raises(RuntimeError, match="inside"), process_group(timedelta(seconds=10)):
         raise RuntimeError("inside")
     assert not dist.is_initialized()
+
+
+def test_flight_records_lie_with_the_run_unless_the_user_says_where(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    environment: dict[str, str] = {}
+    keep_flight_records(Path("run/logs"), environment)
+    assert environment == {"TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/run/logs/{FLIGHT_RECORD}"}
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        environment = {name: "/elsewhere/trace_"}
+        keep_flight_records(Path("run/logs"), environment)
+        assert environment == {name: "/elsewhere/trace_"}
+    # These are the names that the installed torch reads.
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        assert b"TORCH_FR_DUMP_TEMP_FILE" in library.read_bytes()

@@ -183,6 +183,16 @@ BAD = [
     ("schedule=wsd schedule.warmup_steps=50 schedule.decay_steps=60", "more than train.steps=100", "decay_steps=50"),
     ("schedule=wsd schedule.warmup_steps=95", "schedule.decay_steps=10 is more than", "try schedule.decay_steps=5"),
     ("schedule.min_lr=1", "above optimizer.lr=0.0006"),
+    # seeing
+    ("train.profile=ten", "not the number of a step", "try train.profile=10-12"),
+    ("train.profile=10:12", "try train.profile=10-12"),
+    ("train.profile=12-10", "try train.profile=10-12"),
+    ("train.profile=0", "try train.profile=1"),
+    ("train.profile=90-110", "out of train.steps=100; try train.profile=90-100"),
+    ("train.profile=101", "try train.profile=100"),
+    ("train.gc_interval=-1", "must be at least 0"),
+    ("parallel.timeout_minutes=0", "must be above 0.0"),
+    ("log.tensorboard=on-off", "expected true or false"),
     # data, checkpoints, names
     ("data=files", "no data is chosen"),
     ("data.path=missing/prefix", "missing/prefix"),
@@ -334,6 +344,21 @@ def test_the_batches_that_a_refusal_names_are_legal(batch, ranks, micro):
         key, _, values = hint.partition("=")
         for value in map(int, values.split(" or ") if values else []):
             assert not (problems(value, micro) if key == "train.global_batch_size" else problems(batch, value))
+
+
+@given(
+    profile=st.from_regex(r"\A[0-9a-z:-]{1,8}\Z") | st.from_regex(r"\A\d{1,3}(-\d{1,3})?\Z"), end=st.integers(1, 150)
+)
+def test_the_steps_to_profile_are_a_range_that_is_taken_and_those_of_a_refusal_are(profile, end):
+    def problems(profile):
+        train = dataclasses.replace(BASE.train, profile=profile, steps=end)
+        steps = train.profile_steps
+        found = list(checks.check_profile(dataclasses.replace(BASE, train=train)))
+        assert bool(found) != (len(steps) > 0 and set(steps) <= set(range(1, end + 1)))
+        return found
+
+    for problem in problems(profile):
+        assert not problems(problem.rpartition("=")[2])
 
 
 BASE = RunConfig()

@@ -22,6 +22,7 @@ STEP = StepMetrics(
     lr=5.9e-4,
     grad_norm=0.8312,
     tokens_per_second=12345.0,
+    tokens_per_second_per_gpu=6172.5,
     step_ms=84.2,
     data_ms=0.5,
     mfu=0.4123,
@@ -154,9 +155,10 @@ def test_the_bar_moves_below_whole_lines_and_goes_away():
 
 def test_neither_torch_nor_rich_nor_matplotlib_nor_wandb_is_imported_before_it_is_needed():
     program = (
-        "import sys, training.run_directory, training.metrics, training.console, training.plot, training.wandb_log\n"
+        "import sys, training.run_directory, training.metrics, training.console, training.plot\n"
+        "import training.wandb_log, training.tensorboard_log\n"
         "training.console.Console(1, interactive=False).note('hello')\n"
-        "sys.exit(' '.join({'torch', 'numpy', 'rich', 'matplotlib', 'wandb'} & set(sys.modules)))"
+        "sys.exit(' '.join({'torch', 'numpy', 'rich', 'matplotlib', 'wandb', 'tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "hello\n", "\n")

@@ -21,6 +21,7 @@ STEP = StepMetrics(
     lr=6e-4,
     grad_norm=0.83,
     tokens_per_second=12345.0,
+    tokens_per_second_per_gpu=6172.5,
     step_ms=84.0,
     data_ms=0.5,
     mfu=None,
@@ -32,7 +33,8 @@ METRICS = "metrics.jsonl"
 def test_step_line_holds_the_fields_of_the_contract_in_its_order(tmp_path: Path):
     MetricsLog(tmp_path, attempt=2).log_step(STEP)
     counts = ["step", "attempt", "consumed_samples", "consumed_tokens"]
-    rates = ["loss", "lr", "grad_norm", "tokens_per_second", "step_ms", "data_ms", "mfu", "memory_gb"]
+    rates = ["loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_second_per_gpu", "step_ms", "data_ms"]
+    rates += ["mfu", "memory_gb"]
     record = json.loads((tmp_path / METRICS).read_text())
     assert list(record) == counts + rates
     assert (record["step"], record["attempt"], record["loss"], record["mfu"]) == (3, 2, 4.125, None)

@@ -1,6 +1,7 @@
 """Weights & Biases: reports when it can, and never hurts a run when it cannot."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from training.metrics import EvaluationMetrics
-from training.wandb_log import WandbLog
+from training.wandb_log import open_wandb
 
 EVALUATION = EvaluationMetrics(step=1, loss=2.0)
 
@@ -18,7 +19,10 @@ class FakeWandb(SimpleNamespace):
     """Stands for the wandb module: remembers what was asked of it, and raises in what `broken` names."""
 
     def __init__(self, *broken: str) -> None:
-        super().__init__(broken=broken, asked=[], held=False, Settings=dict, setup=lambda _settings: None)
+        super().__init__(broken=broken, asked=[], held=False, Settings=dict, base_url="")
+
+    def setup(self, _settings: dict) -> SimpleNamespace:
+        return SimpleNamespace(settings=SimpleNamespace(base_url=self.base_url))
 
     def act(self, name: str, value: object) -> None:
         self.asked.append((name, value))
@@ -46,14 +50,17 @@ class FakeWandb(SimpleNamespace):
 
 
 def report(monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb | None, mode: str, run_dir: Path) -> list[str]:
-    """Runs through a WandbLog's life with `wandb` in the module's place; returns what was printed."""
+    """A mirror's life with `wandb` in the module's place and a server that listens; returns what was printed."""
     notes: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = WandbLog(mode, "project", run_dir, "name", {"seed": 1}, notes.append)
-    log.log_evaluation(EVALUATION)
-    log.log_evaluation(EVALUATION)
-    log.close(exit_code=1)
-    log.close()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if wandb is not None:
+            wandb.base_url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        mirror = open_wandb(mode, "project", run_dir, "name", {"seed": 1}, notes.append)
+        mirror.log_evaluation(EVALUATION)
+        mirror.log_evaluation(EVALUATION)
+        mirror.close(failed=True)
+        mirror.close(failed=False)
     return notes
 
 
@@ -115,32 +122,51 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from training.metrics import EvaluationMetrics
-from training.wandb_log import WandbLog
 import training.wandb_log
 training.wandb_log.LIMIT_SECONDS = 3
-log = WandbLog(sys.argv[1], "project", Path(sys.argv[2]), "name", {"seed": 1}, print)
+log = training.wandb_log.open_wandb(sys.argv[1], "project", Path(sys.argv[2]), "name", {"seed": 1}, print)
 log.log_evaluation(EvaluationMetrics(step=2, loss=float("nan")))
 log.log_evaluation(EvaluationMetrics(step=1, loss=2.0))
-log.close()
+log.close(failed=False)
 print("end")
 """
 
 
+def test_without_a_network_it_is_offline_before_wandb_has_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("training.wandb_log.getproxies", dict)
+    for wandb.base_url in ("http://127.0.0.1:9", "https://nowhere.invalid"):
+        notes: list[str] = []
+        open_wandb("online", "project", tmp_path, "name", {}, notes.append).close(failed=False)
+        assert len(notes) == 1
+        assert notes[0].startswith("wandb: no online run (")
+    assert "init online" not in [name for name, _ in wandb.asked]
+    # Behind a proxy only wandb can tell.
+    monkeypatch.setattr("training.wandb_log.getproxies", lambda: {"https": "http://proxy"})
+    open_wandb("online", "project", tmp_path, "name", {}, notes.append).close(failed=False)
+    assert "init online" in [name for name, _ in wandb.asked]
+
+
+PROXY = {"http_proxy": "http://127.0.0.1:9"}
+
+
 @pytest.mark.parametrize(
-    ("mode", "key", "said"),
+    ("mode", "more", "said"),
     [
         ("offline", {}, []),
-        ("online", {}, ["wandb: no online run (No API key configured"]),
-        ("online", {"WANDB_API_KEY": "0" * 40}, ["wandb: no online run ("]),
+        ("online", {}, ["wandb: no online run ([Errno "]),
+        ("online", PROXY, ["wandb: no online run (No API key configured"]),
+        ("online", {"WANDB_API_KEY": "0" * 40, **PROXY}, ["wandb: no online run ("]),
     ],
 )
 def test_the_real_package_records_offline_without_a_key_or_a_server(
-    tmp_path: Path, mode: str, key: dict[str, str], said: list[str]
+    tmp_path: Path, mode: str, more: dict[str, str], said: list[str]
 ):
     pytest.importorskip("wandb")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     nobody_listens = "http://127.0.0.1:9"
-    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": nobody_listens, **key}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": nobody_listens, **more}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, mode, str(tmp_path)],
         env=environment,
