@@ -92,6 +92,7 @@ def scale_down(config: RunConfig) -> RunConfig:
             config.train,
             precision="fp64",
             compile=False,
+            batch_schedule=None,
             micro_batch_size=micro_batch_size,
             global_batch_size=layout.dp * micro_batch_size * accumulation,
         ),

@@ -1,7 +1,7 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +45,7 @@ class Trainer:
         self.step = 0
         self.saved_step = 0
         self.consumed_samples = 0
+        self.batches = config.batches
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
         self.data_parallel = assemble(config, self.mesh)
@@ -64,7 +65,8 @@ class Trainer:
             self.recorder.running(self.step)
         first_step = self.step
         self.stop.heeded = True
-        reader = self._reader(self.splits.train)
+        reader = self._reader(self.splits.train, self.batches.size_at)
+        self.logged = self.step, self.consumed_samples
         unchecked: StepResult | None = None
         stopping = False
         while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
@@ -79,7 +81,7 @@ class Trainer:
                 if self._log_is_due(self.step + 1):
                     self._check(result)
             self.step += 1
-            self.consumed_samples += config.train.global_batch_size
+            self.consumed_samples += self.batches.size_at(self.consumed_samples)
             self._report(result)
             if self._is_due(config.train.eval_interval):
                 self._evaluate()
@@ -128,10 +130,10 @@ class Trainer:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
 
-    def _reader(self, dataset: GPTDataset) -> BatchReader:
+    def _reader(self, dataset: GPTDataset, batch_size: Callable[[int], int]) -> BatchReader:
         return BatchReader(
             dataset,
-            self.config.train.global_batch_size,
+            batch_size,
             self.config.micro_batch_size,
             self.mesh.dp_rank,
             self.mesh.dp_size,
@@ -231,6 +233,8 @@ class Trainer:
             return
         loss, gradient_norm = result.numbers.read()
         step_ms, data_ms = self.timer.take()
+        batch_size = (self.consumed_samples - self.logged[1]) / (self.step - self.logged[0])
+        self.logged = self.step, self.consumed_samples
         self.recorder.step(
             StepMetrics(
                 step=self.step,
@@ -239,7 +243,7 @@ class Trainer:
                 loss=loss,
                 lr=learning_rate(config, self.step),
                 grad_norm=gradient_norm,
-                tokens_per_second=config.train.global_batch_size * config.seq_length / step_ms * 1000,
+                tokens_per_second=batch_size * config.seq_length / step_ms * 1000,
                 step_ms=step_ms,
                 data_ms=data_ms,
                 mfu=None,
@@ -255,7 +259,7 @@ class Trainer:
             return
         batch_size = self.config.train.global_batch_size
         batches = min(self.config.train.eval_steps, max(1, dataset.samples_per_epoch // batch_size))
-        reader = self._reader(dataset)
+        reader = self._reader(dataset, lambda _: batch_size)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index in range(batches):
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]

@@ -179,7 +179,7 @@ def test_a_rank_takes_the_rows_that_the_reader_would_give_it(replicate, shard, m
     dp, rows = given_config.parallel.dp, given_config.train.global_batch_size
     dataset = SimpleNamespace(sample=lambda index: SimpleNamespace(tokens=np.full(3, index)))
     for rank in range(dp):
-        reader = BatchReader(dataset, rows, micro, rank, dp, 0)
+        reader = BatchReader(dataset, lambda _, rows=rows: rows, micro, rank, dp, 0)
         wanted = [batch.sample_indices.tolist() for batch in reader.read(0)]
         assert [list(range(rows))[part] for part in own_rows(given_config, rank)] == wanted
 
