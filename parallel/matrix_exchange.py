@@ -38,10 +38,9 @@ class MatrixExchange:
         coordinates: list[list[int]] = [[]]
         if isinstance(matrices[0], DTensor):
             mesh = matrices[0].device_mesh
-            ranks = _sharing_ranks(mesh)
-            everyone = ranks == list(range(dist.get_world_size()))
-            self._group = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
-            self._rank = ranks.index(dist.get_rank())
+            self._group = _sharing_group(mesh)
+            self._rank = dist.get_rank(self._group)
+            ranks = dist.get_process_group_ranks(self._group)
             coordinates = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in ranks]
         self._size = len(coordinates)
         known: dict[Any, _Share] = {}
@@ -93,13 +92,17 @@ class MatrixExchange:
         return received.split([*sizes, *missing])
 
 
-def _sharing_ranks(mesh: DeviceMesh) -> list[int]:
-    """The ranks of the mesh that hold one copy of what is on it between them, this rank among them."""
-    names, grid = mesh.mesh_dim_names or (), mesh.mesh
+def _sharing_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The ranks of the mesh that hold one copy of what is on it between them, this rank among them. Collective."""
+    names, ranks = list(mesh.mesh_dim_names or ()), mesh.mesh
+    shared = [name for name, size in zip(names, mesh.shape, strict=True) if size > 1 and name != "dp_replicate"]
+    if len(shared) < 2:
+        return mesh.get_group(shared[0] if shared else names[-1])
     if "dp_replicate" in names:
-        grid = grid.select(names.index("dp_replicate"), mesh.get_local_rank("dp_replicate"))
-    ranks: list[int] = grid.flatten().tolist()
-    return ranks
+        ranks = ranks.select(names.index("dp_replicate"), mesh.get_local_rank("dp_replicate"))
+    if ranks.numel() == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(ranks.flatten().tolist(), use_local_synchronization=True, group_desc="*".join(shared))
 
 
 def _kind(matrix: torch.Tensor) -> Any:

@@ -53,6 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, config: OptimizerConfig) -> None:
         super().__init__([*matrices, *others.param_groups], {"lr": config.lr})
+        self.state.update(others.state)
         others.state = self.state
         self._others = others
         self._config = config

@@ -56,6 +56,7 @@ class Trainer:
             self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device
         )
         self.timer = StepTimer()
+        self.logged_step, self.logged_samples = self.step, self.consumed_samples
 
     def run(self) -> bool:
         """Train until `train.steps`, then True; or until `train.exit_after` or a request to stop, then False."""
@@ -66,7 +67,6 @@ class Trainer:
         first_step = self.step
         self.stop.heeded = True
         reader = self._reader(self.splits.train, self.batches.size_at)
-        self.logged = self.step, self.consumed_samples
         unchecked: StepResult | None = None
         stopping = False
         while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
@@ -233,8 +233,8 @@ class Trainer:
             return
         loss, gradient_norm = result.numbers.read()
         step_ms, data_ms = self.timer.take()
-        batch_size = (self.consumed_samples - self.logged[1]) / (self.step - self.logged[0])
-        self.logged = self.step, self.consumed_samples
+        batch_size = (self.consumed_samples - self.logged_samples) / (self.step - self.logged_step)
+        self.logged_step, self.logged_samples = self.step, self.consumed_samples
         self.recorder.step(
             StepMetrics(
                 step=self.step,

@@ -126,4 +126,4 @@ def test_a_batch_that_grows_is_read_ahead_at_its_new_size(dataset: GPTDataset, w
     for reader in readers:
         reader.close()
     if workers:
-        assert max(index for index, _ in watched.read) == 43, "one batch ahead, not more"
+        assert max(index for index, _ in watched.read) <= 43, "one batch ahead, not more"

@@ -6,9 +6,10 @@ import torch
 from core.config import ModelConfig
 from models.gpt import build_meta_model
 from parallel.initialization import materialize
+from parallel.sharding import logical_shapes
 from training.config import OptimizerConfig
 from training.muon import orthogonalize
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, training_tensors
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=31, max_position_embeddings=8)
 
@@ -79,6 +80,19 @@ def test_a_skipped_step_leaves_weights_moments_and_counters_whatever_the_gradien
     set_gradients(model, 1)
     optimizer.step()
     assert all(not torch.equal(p, weight) for p, weight in zip(model.parameters(), before, strict=True))
+
+
+def test_all_state_is_there_before_the_first_step_for_a_checkpoint_to_fill():
+    model, optimizer = model_with_optimizer()
+    named = dict(model.named_parameters())
+    before = training_tensors(named, optimizer, logical_shapes(model)).keys()
+    set_gradients(model, 0)
+    optimizer.step()
+    assert training_tensors(named, optimizer, logical_shapes(model)).keys() == before
+    states = {name: {key.split(".")[1] for key in before if key.endswith(f".{name}") and key[:5] == "optim"}
+              for name in named}  # fmt: skip
+    assert states["block.layers.0.mlp.up.weight"] == {"momentum_buffer"}
+    assert states["block.layers.0.mlp.up.bias"] == states["embedding.word.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_float64_is_not_rounded_to_bfloat16():

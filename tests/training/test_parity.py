@@ -13,7 +13,7 @@ from data.batches import BatchReader
 from data.config import DataConfig
 from parallel.config import ParallelConfig
 from parallel.sharding import Box
-from training.config import RunConfig, TrainConfig
+from training.config import OptimizerConfig, RunConfig, TrainConfig
 from training.parity import (
     StepRecord,
     Trajectory,
@@ -198,3 +198,4 @@ def test_a_layout_in_words():
     plain = replace(config(1, 1, 2, accumulation=1), model=ModelConfig(tie_embeddings=False, dropout=0.1))
     plain = replace(plain, parallel=replace(plain.parallel, sequence=False))
     assert describe_layout(plain) == "tp=2 dropout"
+    assert describe_layout(replace(plain, optimizer=OptimizerConfig(name="muon"))) == "tp=2 muon dropout"
