@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import RunConfig
-from training.parameter_groups import parse_rule
+from training.parameter_groups import parse_group
 from training.settings import closest
 
 NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -283,7 +283,7 @@ def check_parameter_groups(config: RunConfig) -> Iterator[str]:
     """Every exception for parameters can be read; whether names match is known once the model is."""
     for text in config.optimizer.groups:
         try:
-            parse_rule(text)
+            parse_group(text)
         except ValueError as error:
             yield f"optimizer.groups: {text!r}: {error}"
 

@@ -43,8 +43,8 @@ def rate_factor(adjust_lr: str, rows: int, columns: int) -> float:
 class Muon(torch.optim.Optimizer):
     """What torch.optim.Muon and, for other parameters, AdamW compute in one process, computed alike in every layout.
 
-    The momentum is sharded as the weights are. Whole matrices are only needed to orthogonalise: those of a round, one a
-    rank, are put together in bfloat16 (float64 for float64 weights), and each rank gets its shards of the results.
+    The momentum is sharded as the weights are. Only to be made orthogonal are matrices put together, in bfloat16 (in
+    float64 for float64 weights), by `MatrixExchange`.
 
     Args:
         matrices: parameter groups of two-dimensional parameters.
@@ -70,10 +70,10 @@ class Muon(torch.optim.Optimizer):
         """Move every parameter by its `grad`. Collective."""
         skip = self.found_inf > 0
         steps = self._config.newton_schulz_steps
-        for turn in self._exchange.rounds:
-            directions = [self._direction(self._matrices[index][0], skip) for index in turn]
+        for turn in self._exchange.turns:
+            directions = [self._direction(self._matrices[index][0], skip) for index in turn.indices]
             updates = self._exchange.apply(turn, directions, lambda matrix: orthogonalize(matrix, steps))
-            for index, update in zip(turn, updates, strict=True):
+            for index, update in zip(turn.indices, updates, strict=True):
                 self._move(*self._matrices[index], update, skip)
         self._others.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._others.step()

@@ -10,7 +10,7 @@ from training.checkpoint_tensor import tensor_part
 from training.config import OptimizerConfig
 from training.errors import ConfigError
 from training.muon import Muon
-from training.parameter_groups import parse_rule
+from training.parameter_groups import parse_group
 from training.settings import closest
 
 
@@ -20,7 +20,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     AdamW (arXiv:1711.05101) is fused. Where `optimizer.groups` says nothing else, weight decay applies to the matrices
     of linear layers and not to norms, biases and embeddings. Raises ConfigError where a pattern matches no parameter.
     """
-    by_muon, by_adamw = _parameter_groups(model, config)
+    groups = _parameter_groups(model, config)
+    by_muon = [group for group in groups if group["muon"]]
+    by_adamw = [group for group in groups if not group["muon"]]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         by_adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
@@ -34,26 +36,22 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return Muon(by_muon, optimizer, config) if by_muon else optimizer
 
 
-def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups that Muon moves, the matrices of layers, and those that AdamW does: parameters of equal settings."""
+def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters of equal settings; those of a `muon` group, matrices of layers, are Muon's, the others AdamW's."""
     named = dict(model.named_parameters())
-    rules = [parse_rule(text) for text in config.groups]
-    unused = [rule.pattern for rule in rules if not any(fnmatchcase(name, rule.pattern) for name in named)]
+    rules = [parse_group(text) for text in config.groups]
+    unused = [pattern for pattern, _ in rules if not any(fnmatchcase(name, pattern) for name in named)]
     if unused:
         raise ConfigError(*(_no_such_parameter(pattern, list(named)) for pattern in unused))
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in named.items():
         is_matrix = parameter.dim() == 2 and not name.startswith("embedding.")
-        by_muon = config.name == "muon" and is_matrix and name.startswith("block.")
-        settings = {"lr_scale": 1.0, "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for rule in rules:
-            settings |= rule.settings if fnmatchcase(name, rule.pattern) else {}
-        groups.setdefault((by_muon, settings["lr_scale"], settings["weight_decay"]), []).append(parameter)
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
-    for (by_muon, lr_scale, weight_decay), parameters in groups.items():
-        group = {"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay}
-        found[0 if by_muon else 1].append(group)
-    return found
+        settings: dict[str, Any] = {"lr_scale": 1.0, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        settings["muon"] = config.name == "muon" and is_matrix and name.startswith("block.")
+        for pattern, exceptions in rules:
+            settings |= exceptions if fnmatchcase(name, pattern) else {}
+        groups.setdefault(tuple(settings.values()), {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())
 
 
 def _no_such_parameter(pattern: str, names: list[str]) -> str:

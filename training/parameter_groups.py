@@ -1,23 +1,14 @@
 """Exceptions for parameters by name: what an entry of `optimizer.groups` says."""
 
 import math
-from dataclasses import dataclass
 
 from training.settings import closest
 
 SETTINGS = ("lr_scale", "weight_decay")
 
 
-@dataclass(frozen=True)
-class GroupRule:
-    """Settings of the parameters whose global name a shell pattern matches."""
-
-    pattern: str
-    settings: dict[str, float]
-
-
-def parse_rule(text: str) -> GroupRule:
-    """Read `PATTERN:lr_scale=0.5,weight_decay=0.0`, either setting or both. Raises ValueError saying what is wrong."""
+def parse_group(text: str) -> tuple[str, dict[str, float]]:
+    """Pattern and settings of `PATTERN:lr_scale=0.5,weight_decay=0.0`. Raises ValueError saying what is wrong."""
     pattern, _, assignments = text.rpartition(":")
     if not pattern:
         raise ValueError("it is written PATTERN:lr_scale=0.5,weight_decay=0.0, with either setting or both")
@@ -28,10 +19,9 @@ def parse_rule(text: str) -> GroupRule:
             guess = closest(name, SETTINGS)
             raise ValueError(f"{name!r}: {f'did you mean {guess}? ' if guess else ''}known: {', '.join(SETTINGS)}")
         try:
-            number = float(value)
+            settings[name] = float(value)
         except ValueError:
-            number = math.nan
-        if not 0 <= number < math.inf:
+            settings[name] = math.nan
+        if not 0 <= settings[name] < math.inf:
             raise ValueError(f"{name}={value}: must be a finite number of at least 0")
-        settings[name] = number
-    return GroupRule(pattern.strip(), settings)
+    return pattern, settings

@@ -39,10 +39,10 @@ def exchange_rank(rank, world_size, mesh_shape, names):
         worked_on.append(matrix.clone())
         return matrix.flip(0, 1)
 
-    for turn in exchange.rounds:
-        shards = [matrices[index].detach().to_local() for index in turn]
+    for turn in exchange.turns:
+        shards = [matrices[index].detach().to_local() for index in turn.indices]
         found = exchange.apply(turn, shards, mirrored)
-        for index, piece in zip(turn, found, strict=True):
+        for index, piece in zip(turn.indices, found, strict=True):
             whole = DTensor.from_local(
                 piece.contiguous(), matrices[index].device_mesh, matrices[index].placements, run_check=False,
                 shape=matrices[index].shape, stride=matrices[index].stride(),

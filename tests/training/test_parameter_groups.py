@@ -9,7 +9,7 @@ from parallel.initialization import materialize
 from training.config import OptimizerConfig
 from training.errors import ConfigError
 from training.optimizer import build_optimizer
-from training.parameter_groups import parse_rule
+from training.parameter_groups import parse_group
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=31, max_position_embeddings=8,
                      tie_embeddings=False)  # fmt: skip
@@ -24,8 +24,7 @@ CONFIG = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_
     ],
 )
 def test_an_entry_is_a_pattern_and_settings(text, pattern, settings):
-    rule = parse_rule(text)
-    assert (rule.pattern, rule.settings) == (pattern, settings)
+    assert parse_group(text) == (pattern, settings)
 
 
 def found(name, *groups):
