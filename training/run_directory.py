@@ -149,7 +149,7 @@ class RunDirectory:
 
 
 def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Where two configurations mean another model, data order or optimizer, as in "model.num_layers: was 12, now 8".
+    """Where two configurations mean another model, optimizer, data or order of it: "model.num_layers: was 12, now 8".
 
     Takes configurations as nested dictionaries (`dataclasses.asdict`, config.yaml). A key that `saved` lacks, because
     an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.

@@ -184,7 +184,7 @@ class Trainer:
         return torch.device(kind)
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise ConfigError where a checkpoint is of another model or other data."""
+        """Raise ConfigError where a checkpoint is of another model, optimizer or other data."""
         differences = difference(state["config"], asdict(self.config))
         differences = [line for line in differences if not line.startswith("data.path:")]
         current = self.splits.fingerprint
