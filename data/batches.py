@@ -1,5 +1,6 @@
 """The micro-batches that one rank takes of each global batch, read ahead in threads."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,19 +29,18 @@ class BatchReader:
     def __init__(
         self,
         dataset: GPTDataset,
-        global_batch_size: int,
+        batch_size: Callable[[int], int],
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
         num_workers: int,
     ) -> None:
-        """Sizes in samples. Raises ValueError where micro_batch_size * dp_size does not divide global_batch_size."""
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise ValueError(f"{dp_size} ranks of {micro_batch_size} samples do not divide {global_batch_size}")
+        """Sizes in samples; `batch_size` is that of the global batch that starts at a number of consumed samples."""
         self._dataset = dataset
-        self._global_batch_size = global_batch_size
+        self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
-        self._offsets = range(dp_rank * micro_batch_size, global_batch_size, dp_size * micro_batch_size)
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._pool = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
         self._ahead: tuple[int, list[Future[MicroBatch]]] | None = None
 
@@ -48,16 +48,16 @@ class BatchReader:
         """This rank's micro-batches of the global batch that starts at `consumed_samples`.
 
         Micro-batch a of rank r holds the samples at consumed + (a * dp_size + r) * micro_batch_size onwards. Raises
-        what a thread raised.
+        what a thread raised, and ValueError where micro_batch_size * dp_size does not divide the batch.
         """
         if self._pool is None:
-            return [self._micro_batch(consumed_samples + offset) for offset in self._offsets]
+            return [self._micro_batch(first) for first in self._starts(consumed_samples)]
         position, futures = self._ahead or (None, [])
         if position != consumed_samples:
             for future in futures:
                 future.cancel()
             futures = self._submit(self._pool, consumed_samples)
-        following = consumed_samples + self._global_batch_size
+        following = consumed_samples + self._batch_size(consumed_samples)
         self._ahead = following, self._submit(self._pool, following)
         return [future.result() for future in futures]
 
@@ -67,7 +67,14 @@ class BatchReader:
             self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, pool: ThreadPoolExecutor, position: int) -> list[Future[MicroBatch]]:
-        return [pool.submit(self._micro_batch, position + offset) for offset in self._offsets]
+        return [pool.submit(self._micro_batch, first) for first in self._starts(position)]
+
+    def _starts(self, position: int) -> range:
+        """Where this rank's micro-batches begin of the global batch that begins at `position`."""
+        size, micro = self._batch_size(position), self._micro_batch_size
+        if size % (micro * self._dp_size):
+            raise ValueError(f"{self._dp_size} ranks of {micro} samples do not divide {size}")
+        return range(position + self._dp_rank * micro, position + size, self._dp_size * micro)
 
     def _micro_batch(self, first: int) -> MicroBatch:
         samples = [self._dataset.sample(index) for index in range(first, first + self._micro_batch_size)]

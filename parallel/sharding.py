@@ -1,5 +1,7 @@
 """Where the shards of a tensor lie in the whole: cut over tensor-parallel ranks first, then over data-parallel ones."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +21,22 @@ class Box:
         """What indexes the block in the whole."""
         return tuple(slice(offset, offset + length) for offset, length in zip(self.offsets, self.lengths, strict=True))
 
+    @property
+    def size(self) -> int:
+        """Elements in it."""
+        return math.prod(self.lengths)
 
-def local_box(tensor: torch.Tensor, shape: torch.Size) -> Box:
-    """Where this rank's shard lies in a whole tensor of `shape`, which excludes the padding of a vocabulary.
+
+def local_box(tensor: torch.Tensor, shape: torch.Size, coordinate: Sequence[int] | None = None) -> Box:
+    """Where this rank's shard lies in a whole tensor of `shape`, which excludes the padding of a vocabulary; or that of
+    the rank at another `coordinate` of the tensor's mesh.
 
     Ranks that hold the same values have the same box. Raises RuntimeError where torch has cut the tensor another way.
     """
     offsets, lengths = [0] * len(shape), list(tensor.shape)
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
+        place = mesh.get_coordinate() or () if coordinate is None else coordinate
         for name in ("tp", "dp_shard"):
             if name not in (mesh.mesh_dim_names or ()):
                 continue
@@ -38,10 +47,10 @@ def local_box(tensor: torch.Tensor, shape: torch.Size) -> Box:
             cut = placement.dim  # type: ignore[attr-defined]
             # Like torch.chunk: the last ranks may have less, or nothing.
             share = -(-lengths[cut] // mesh.size(dimension))
-            start = min(mesh.get_local_rank(dimension) * share, lengths[cut])
+            start = min(place[dimension] * share, lengths[cut])
             offsets[cut] += start
             lengths[cut] = min(share, lengths[cut] - start)
-        if tuple(lengths) != tuple(tensor.to_local().shape):
+        if coordinate is None and tuple(lengths) != tuple(tensor.to_local().shape):
             raise RuntimeError(f"a shard of {list(tensor.to_local().shape)} where {lengths} was expected")
     clipped = [max(0, min(length, size - start)) for start, length, size in zip(offsets, lengths, shape, strict=True)]
     starts = [min(start, size) for start, size in zip(offsets, shape, strict=True)]

@@ -9,7 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.mesh import ParallelMesh
 
-KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+KINDS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+}
 """Names of torch's operators in the field's words; others keep their own."""
 
 
@@ -38,10 +43,10 @@ class Traffic(TorchDispatchMode):
             tensors = [tensor for argument in args for tensor in _tensors(argument)]
             group = next((argument for argument in args if isinstance(argument, torch.ScriptObject)), None)
             if tensors and group is not None:
-                name = dist.ProcessGroup.unbox(group).group_name
+                ranks = dist.ProcessGroup.unbox(group)
                 kind = func.overloadpacket.__name__
                 whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-                self.bytes[self._dimensions.get(name, name), KINDS.get(kind, kind)] += whole
+                self.bytes[self._dimensions.get(ranks.group_name, ranks.group_desc), KINDS.get(kind, kind)] += whole
         return func(*args, **(kwargs or {}))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from data.errors import DataPathError, TokenizerError
 from data.vocabulary import find_vocabulary
 from parallel.config import ParallelConfig
+from training.batch_schedule import either
 from training.checks import check_ranges, divisors
 from training.compose import compose, resolve
 from training.config import RunConfig
@@ -136,7 +137,7 @@ def _table(layouts: Layouts) -> Iterator[str]:
     count = len(layouts.legal)
     yield (
         f"{count} legal layout{'s' if count > 1 else ''} of {first.world_size} ranks for "
-        f"{first.model.parameter_count():,} parameters, {first.train.global_batch_size} samples a step"
+        f"{first.model.parameter_count():,} parameters, {either(first.batches.sizes)} samples a step"
     )
     yield _row("tp", "sequence", "dp_replicate", "dp_shard", "micro_batch", "accumulated", "state GB/rank")
     for config in layouts.legal:
@@ -147,11 +148,12 @@ def _table(layouts: Layouts) -> Iterator[str]:
             layout.dp_replicate,
             layout.dp_shard,
             config.micro_batch_size,
-            config.accumulation_steps,
+            "/".join(map(str, config.accumulated)),
             f"{state_bytes(config) / 1e9:.2f}",
         )
     number = "float64" if first.train.precision == "fp64" else "float32"
-    yield f"state: weights, gradients and both moments of AdamW in {number}; activations come on top"
+    less = ", of which Muon needs one for matrices" if first.optimizer.name == "muon" else ""
+    yield f"state: weights, gradients and both moments of AdamW{less}, in {number}; activations come on top"
     for sizes, problems in layouts.refused.items():
         yield from (f"not {sizes}: {problem}" for problem in problems)
 

@@ -76,7 +76,8 @@ def scale_down(config: RunConfig) -> RunConfig:
     """A resolved configuration of the same structure that a laptop runs in seconds, in float64.
 
     Heads, key/value heads and what they are shared by stay; the ratio of the MLP's width to the hidden size stays as
-    near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism stays.
+    near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism stays. The
+    batch stays at its first size, and optimizer.groups go, as parameters that they name may.
     """
     layout = smaller_layout(config.parallel)
     micro_batch_size, accumulation = min(2, config.micro_batch_size), min(2, config.accumulation_steps)
@@ -87,11 +88,12 @@ def scale_down(config: RunConfig) -> RunConfig:
         model=smaller_model(config.model, layout.tp, seq_length),
         data=replace(config.data, seq_length=seq_length),
         parallel=layout,
-        optimizer=replace(config.optimizer, eps=max(ADAM_EPS, config.optimizer.eps)),
+        optimizer=replace(config.optimizer, eps=max(ADAM_EPS, config.optimizer.eps), groups=[]),
         train=replace(
             config.train,
             precision="fp64",
             compile=False,
+            batch_schedule=None,
             micro_batch_size=micro_batch_size,
             global_batch_size=layout.dp * micro_batch_size * accumulation,
         ),

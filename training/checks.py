@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import RunConfig
+from training.parameter_groups import parse_group
 from training.settings import closest
 
 NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -274,16 +275,33 @@ def check_batch(config: RunConfig) -> Iterator[str]:
     """Every data-parallel rank takes the same whole number of micro-batches."""
     ranks, train = config.parallel.dp, config.train
     micro = train.micro_batch_size or 1
-    if ranks < 1 or train.global_batch_size % (ranks * micro) == 0:
+    try:
+        sizes = config.batches.sizes
+    except ValueError as error:
+        yield f"train.batch_schedule={train.batch_schedule!r}: {error}"
         return
+    scheduled = train.batch_schedule is not None
+    key = f"train.batch_schedule={train.batch_schedule!r}: " if scheduled else "train.global_batch_size="
     why = f"{ranks} data-parallel ranks"
     if train.micro_batch_size is not None:
         why += f" * train.micro_batch_size={micro}"
-    advice = f"train.global_batch_size={_multiples_near(train.global_batch_size, ranks * micro)}"
-    if train.micro_batch_size is not None and train.global_batch_size % ranks == 0:
-        share = train.global_batch_size // ranks
-        advice += f", or train.micro_batch_size={_near_divisors(micro, share)}"
-    yield f"train.global_batch_size={train.global_batch_size} is not divisible by {why}; try {advice}"
+    for size in sizes if ranks >= 1 else []:
+        if size % (ranks * micro) == 0:
+            continue
+        advice = ("" if scheduled else key) + _multiples_near(size, ranks * micro)
+        if train.micro_batch_size is not None and not any(each % ranks for each in sizes):
+            share = math.gcd(*sizes) // ranks
+            advice += f", or train.micro_batch_size={_near_divisors(micro, share)}"
+        yield f"{key}{size} is not divisible by {why}; try {advice}"
+
+
+def check_parameter_groups(config: RunConfig) -> Iterator[str]:
+    """Every exception for parameters can be read; whether names match is known once the model is."""
+    for text in config.optimizer.groups:
+        try:
+            parse_group(text)
+        except ValueError as error:
+            yield f"optimizer.groups: {text!r}: {error}"
 
 
 def check_schedule(config: RunConfig) -> Iterator[str]:
@@ -384,6 +402,7 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_tensor_ffn,
     check_tensor_sequence,
     check_batch,
+    check_parameter_groups,
     check_schedule,
     check_profile,
     check_split,

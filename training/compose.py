@@ -65,7 +65,8 @@ def to_yaml(config: RunConfig) -> str:
 def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> RunConfig:
     """Checks the whole configuration once and fills in what is derived.
 
-    Filled in: world_size, model.vocab_size, schedule.steps, parallel.dp_shard, train.micro_batch_size.
+    Filled in: world_size, model.vocab_size, schedule.steps, parallel.dp_shard, train.micro_batch_size, and of a
+    train.batch_schedule train.global_batch_size.
     Raises ConfigError with every problem found, and CorruptDataError for a broken description of the data. Relations
     between settings are looked at once each number by itself is legal.
     """
@@ -90,7 +91,9 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
     return replace(
         filled,
         schedule=replace(filled.schedule, steps=filled.schedule_steps),
-        train=replace(filled.train, micro_batch_size=filled.micro_batch_size),
+        train=replace(
+            filled.train, micro_batch_size=filled.micro_batch_size, global_batch_size=filled.batches.sizes[0]
+        ),
     )
 
 

@@ -1,29 +1,44 @@
 """The root of the configuration: the groups that training owns, and one frozen object that holds all of them."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from training.batch_schedule import BatchSchedule, parse_batch_schedule
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients move weights."""
 
-    name: str = field(default="adamw", metadata={"choices": ("adamw",)})
-    """The optimizer."""
+    name: str = field(default="adamw", metadata={"choices": ("adamw", "muon")})
+    """AdamW; or Muon for the matrices of layers with AdamW for all else."""
     lr: float = field(default=6e-4, metadata={"above": 0.0})
     """Peak learning rate."""
     weight_decay: float = field(default=0.1, metadata={"min": 0.0})
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    groups: list[str] = field(default_factory=list)
+    """Exceptions, each `PATTERN:lr_scale=0.5,weight_decay=0.0` (either or both): parameters whose name matches the
+    shell pattern, such as `*.attention.*` or `embedding.word.weight`, have their own weight decay and a multiple of
+    the scheduled rate. Of several that match and name a setting the last counts."""
     beta1: float = field(default=0.9, metadata={"min": 0.0, "below": 1.0})
     """Decay of the first moment."""
     beta2: float = field(default=0.95, metadata={"min": 0.0, "below": 1.0})
     """Decay of the second moment."""
     eps: float = field(default=1e-8, metadata={"above": 0.0})
     """Added to the root of the second moment."""
+    momentum: float = field(default=0.95, metadata={"min": 0.0, "below": 1.0})
+    """Muon's decay of the momentum."""
+    nesterov: bool = True
+    """Muon looks a step ahead along the momentum."""
+    newton_schulz_steps: int = field(default=5, metadata={"min": 1, "below": 100})
+    """Iterations with which Muon makes an update orthogonal."""
+    adjust_lr: str = field(default="match_rms_adamw", metadata={"choices": ("match_rms_adamw", "original")})
+    """How Muon's rate depends on a matrix's shape: `match_rms_adamw` takes AdamW's rates and weight decays, `original`
+    multiplies by sqrt(max(1, rows / columns))."""
     clip_grad: float = field(default=1.0, metadata={"min": 0.0})
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
@@ -51,9 +66,13 @@ class TrainConfig:
     steps: int = field(default=100, metadata={"min": 1})
     """Optimizer steps of the run; raising it continues a finished run."""
     micro_batch_size: int | None = field(default=None, metadata={"min": 1})
-    """Samples a rank takes at once; null: its whole share of the global batch."""
+    """Samples a rank takes at once; null: its whole share of the global batch, of one that grows the largest number
+    that divides all its shares."""
     global_batch_size: int = field(default=8, metadata={"min": 1})
-    """Samples an optimizer step takes over all ranks."""
+    """Samples an optimizer step takes over all ranks; with batch_schedule its first size, whatever is set here."""
+    batch_schedule: str | None = None
+    """Global batch sizes by consumed tokens, as in "0:32 1B:64": 32 samples at first, 64 from the first step on that
+    starts with 1B (k, M, B, T) tokens consumed. Evaluations keep to the first size."""
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16", "fp64", "tf32", "fp16")})
     """Numbers that layers compute in; bf16 keeps float32 master weights."""
     compile: bool = False
@@ -147,15 +166,27 @@ class RunConfig:
         return self.model.max_position_embeddings if self.data.seq_length is None else self.data.seq_length
 
     @property
+    def batches(self) -> BatchSchedule:
+        """The sizes of global batches. Raises ValueError where train.batch_schedule is malformed."""
+        text = self.train.batch_schedule
+        return parse_batch_schedule(f"0:{self.train.global_batch_size}" if text is None else text, self.seq_length)
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples a rank takes at once."""
-        share = self.train.global_batch_size // self.parallel.dp
-        return share if self.train.micro_batch_size is None else self.train.micro_batch_size
+        if self.train.micro_batch_size is not None:
+            return self.train.micro_batch_size
+        return math.gcd(*(size // self.parallel.dp for size in self.batches.sizes))
+
+    @property
+    def accumulated(self) -> list[int]:
+        """Micro-batches a rank takes in one optimizer step, for each size of global batch."""
+        return [size // (self.parallel.dp * self.micro_batch_size) for size in self.batches.sizes]
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches a rank takes in one optimizer step."""
-        return self.train.global_batch_size // (self.parallel.dp * self.micro_batch_size)
+        """Micro-batches a rank takes in one optimizer step, in the first of them."""
+        return self.accumulated[0]
 
     @property
     def schedule_steps(self) -> int:

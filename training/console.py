@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from training.batch_schedule import either, parse_batch_schedule
 from training.config import RunConfig
 from training.metrics import EvaluationMetrics, StepMetrics
 
@@ -22,13 +23,17 @@ class Console:
         """`interactive` keeps a progress bar below the lines; `stream` is standard output where None."""
         self._total = total_steps
         self._stream = sys.stdout if stream is None else stream
-        self._recent_ms: deque[float] = deque(maxlen=20)
+        self._recent_sample_ms: deque[float] = deque(maxlen=20)
+        self._batches = parse_batch_schedule("0:1", 1)
         self._bar: Progress | None = _start_bar(total_steps, self._stream) if interactive else None
 
     def start(self, config: RunConfig, parameters: int, device: str) -> None:
         """Prints what is about to be trained. `config` is resolved; `device` is a kind or name, as a person says it."""
         model, parallel = config.model, config.parallel
-        tokens = config.train.global_batch_size * config.seq_length
+        self._batches = config.batches
+        batches = self._batches.sizes
+        by_tokens = f" ({config.train.batch_schedule})" if config.train.batch_schedule else ""
+        all_tokens = self._batches.consumed_after(self._total) * config.seq_length
         sizes = {name: getattr(parallel, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
         axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         world = parallel.pp * parallel.dp * parallel.cp * parallel.tp
@@ -38,11 +43,12 @@ class Console:
             f"{model.num_attention_heads} heads, vocabulary {model.vocabulary:,}"
         )
         self.note(
-            f"batch  {config.train.global_batch_size} samples x {config.seq_length:,} = {tokens:,} tokens a step, "
-            f"{humanise(tokens * self._total)} in {self._total:,} steps"
+            f"batch  {either(batches)} samples x {config.seq_length:,} = "
+            f"{either(size * config.seq_length for size in batches)} tokens a step{by_tokens}, "
+            f"{humanise(all_tokens)} in {self._total:,} steps"
         )
         self.note(
-            f"ranks  {ranks}, {config.train.precision} on {device}; a step is {config.accumulation_steps} x "
+            f"ranks  {ranks}, {config.train.precision} on {device}; a step is {either(config.accumulated)} x "
             f"{config.micro_batch_size} samples a rank"
         )
         self.note(f"files  {config.run_dir}")
@@ -54,8 +60,10 @@ class Console:
 
     def step(self, metrics: StepMetrics) -> None:
         """Prints a logged step; its eta is the median of recent steps and leaves out evaluations and checkpoints."""
-        self._recent_ms.append(metrics.step_ms)
-        eta = (self._total - metrics.step) * statistics.median(self._recent_ms) / 1000
+        consumed = metrics.consumed_samples
+        self._recent_sample_ms.append(metrics.step_ms / self._batches.size_at(max(0, consumed - 1)))
+        remaining = self._batches.consumed_after(self._total - metrics.step, consumed) - consumed
+        eta = remaining * statistics.median(self._recent_sample_ms) / 1000
         mfu = "n/a" if metrics.mfu is None else f"{metrics.mfu:.1%}"
         self.note(
             f"step {metrics.step}/{self._total} | loss {metrics.loss:.3f} | lr {metrics.lr:.1e} "

@@ -1,37 +1,63 @@
 """Building the optimizer, and its state as named tensors."""
 
+from fnmatch import fnmatchcase
+from typing import Any
+
 import torch
 from torch import nn
 
 from training.checkpoint_tensor import tensor_part
 from training.config import OptimizerConfig
+from training.errors import ConfigError
+from training.muon import Muon
+from training.parameter_groups import parse_group
+from training.settings import closest
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW (arXiv:1711.05101) over the model's parameters; its state exists from the start.
+    """The configured optimizer over the model's parameters; its state exists from the start.
 
-    Weight decay applies to the matrices of linear layers, not to norms, biases and embeddings.
+    AdamW (arXiv:1711.05101) is fused. Where `optimizer.groups` says nothing else, weight decay applies to the matrices
+    of linear layers and not to norms, biases and embeddings. Raises ConfigError where a pattern matches no parameter.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2 and not name.startswith("embedding.")
-        (decayed if is_matrix else others).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+    groups = _parameter_groups(model, config)
+    by_muon = [group for group in groups if group["muon"]]
+    by_adamw = [group for group in groups if not group["muon"]]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        by_adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
-    for parameter in model.parameters():
+    for parameter in [parameter for group in by_adamw for parameter in group["params"]]:
         optimizer.state[parameter] = {
             # Fused AdamW counts its steps in float32 on the parameter's device.
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
-    return optimizer
+    return Muon(by_muon, optimizer, config) if by_muon else optimizer
+
+
+def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters of equal settings; those of a `muon` group, matrices of layers, are Muon's, the others AdamW's."""
+    named = dict(model.named_parameters())
+    rules = [parse_group(text) for text in config.groups]
+    unused = [pattern for pattern, _ in rules if not any(fnmatchcase(name, pattern) for name in named)]
+    if unused:
+        raise ConfigError(*(_no_such_parameter(pattern, list(named)) for pattern in unused))
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        is_matrix = parameter.dim() == 2 and not name.startswith("embedding.")
+        settings: dict[str, Any] = {"lr_scale": 1.0, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        settings["muon"] = config.name == "muon" and is_matrix and name.startswith("block.")
+        for pattern, exceptions in rules:
+            settings |= exceptions if fnmatchcase(name, pattern) else {}
+        groups.setdefault(tuple(settings.values()), {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())
+
+
+def _no_such_parameter(pattern: str, names: list[str]) -> str:
+    guess = closest(pattern, names) or closest(pattern.strip("*"), names)
+    hint = f"did you mean {guess}?" if guess else f"names are like {names[0]} and {names[-1]}"
+    return f"optimizer.groups: {pattern} matches no parameter; {hint}"
 
 
 def training_tensors(

@@ -106,7 +106,8 @@ def _override_problem(word: str, schema: DictConfig) -> str | None:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        return f"{word}: the value cannot be read ({reason}); quote it: \"{known}='{value}'\""
+        quoted = f"['{value.strip('[]')}']" if "list[str]" in str(setting_types().get(known)) else f"'{value}'"
+        return f'{word}: the value cannot be read ({reason}); quote it: "{known}={quoted}"'
     return _value_problem(word, known, override, schema)
 
 

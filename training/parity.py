@@ -105,6 +105,7 @@ def describe_layout(config: RunConfig) -> str:
     words += [f"zero={layout.zero}"] if layout.dp > 1 else []
     words += [f"accumulate={config.accumulation_steps}"] if config.accumulation_steps > 1 else []
     words += [f"recompute={config.train.recompute}"] if config.train.recompute != "none" else []
+    words += [config.optimizer.name] if config.optimizer.name != "adamw" else []
     words += ["tied"] if config.model.tie_embeddings else []
     words += ["dropout"] if config.model.dropout else []
     return " ".join(words)

@@ -153,7 +153,7 @@ class RunDirectory:
 
 
 def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Where two configurations mean another model, data or data order, as in "model.num_layers: was 12, now 8".
+    """Where two configurations mean another model, optimizer, data or order of it: "model.num_layers: was 12, now 8".
 
     Takes configurations as nested dictionaries (`dataclasses.asdict`, config.yaml). A key that `saved` lacks, because
     an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.
@@ -204,7 +204,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     del data["data.num_workers"]
     if config.data.path is not None:
         del data["data.corpus"]  # which the path overrules
-    return {**model, **data, "seed": config.seed}
+    return {**model, **data, "seed": config.seed, "optimizer.name": config.optimizer.name}
 
 
 def _shown(value: object) -> str:

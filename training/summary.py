@@ -1,11 +1,13 @@
 """What `check=true` says of a legal configuration: how its ranks divide the work."""
 
+from training.batch_schedule import either
 from training.config import RunConfig
 
 
 def summary(config: RunConfig) -> str:
     """Layout, batch, tokens and vocabulary of a resolved configuration, a line each."""
-    layout, train = config.parallel, config.train
+    layout, sizes = config.parallel, config.batches.sizes
+    by_tokens = f" ({config.train.batch_schedule})" if config.train.batch_schedule else ""
     tensor, sequence, takers = "", "", "ranks"
     if layout.tp > 1:
         tensor, takers = f" * tp {layout.tp}", f"groups of {layout.tp} ranks"
@@ -15,9 +17,9 @@ def summary(config: RunConfig) -> str:
             f"OK: {config.name} is legal on {config.world_size} ranks",
             f"  layout      dp_replicate {layout.dp_replicate} * dp_shard {layout.dp_shard}{tensor} = "
             f"{config.world_size} ranks{sequence}",
-            f"  batch       {train.global_batch_size} samples a step: {layout.dp} {takers} * micro-batch "
-            f"{config.micro_batch_size} * {config.accumulation_steps} accumulated",
-            f"  tokens      {train.global_batch_size * config.seq_length:,} a step, {config.seq_length} a sample",
+            f"  batch       {either(sizes)} samples a step{by_tokens}: {layout.dp} {takers} * micro-batch "
+            f"{config.micro_batch_size} * {either(config.accumulated)} accumulated",
+            f"  tokens      {either(size * config.seq_length for size in sizes)} a step, {config.seq_length} a sample",
             f"  vocabulary  {config.model.vocabulary:,}",
         ]
     )

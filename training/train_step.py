@@ -150,7 +150,7 @@ class TrainStep:
         if self.clip_grad:
             scale_gradients(local_gradients(self.parameters), (self.clip_grad / (gradient_norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         self.optimizer.found_inf = self._non_finite  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -48,6 +48,7 @@ class Trainer:
         self.step = 0
         self.saved_step = 0
         self.consumed_samples = 0
+        self.batches = config.batches
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
         self.data_parallel = assemble(config, self.mesh)
@@ -58,6 +59,7 @@ class Trainer:
             self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device
         )
         self.timer = StepTimer()
+        self.logged_step, self.logged_samples = self.step, self.consumed_samples
 
     def run(self) -> bool:
         """Train until `train.steps`, then True; or until `train.exit_after` or a request to stop, then False."""
@@ -76,7 +78,7 @@ class Trainer:
             self.recorder.start(self.step)
         first_step = self.step
         self.stop.heeded = True
-        reader = self._reader(self.splits.train)
+        reader = self._reader(self.splits.train, self.batches.size_at)
         unchecked: StepResult | None = None
         stopping = False
         while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
@@ -94,7 +96,7 @@ class Trainer:
                 collect_garbage(self.step + 1)
             self.step += 1
             profiler.end(self.step)
-            self.consumed_samples += config.train.global_batch_size
+            self.consumed_samples += self.batches.size_at(self.consumed_samples)
             self._report(result)
             if self._is_due(config.train.eval_interval):
                 self._evaluate()
@@ -143,10 +145,10 @@ class Trainer:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
 
-    def _reader(self, dataset: GPTDataset) -> BatchReader:
+    def _reader(self, dataset: GPTDataset, batch_size: Callable[[int], int]) -> BatchReader:
         return BatchReader(
             dataset,
-            self.config.train.global_batch_size,
+            batch_size,
             self.config.micro_batch_size,
             self.mesh.dp_rank,
             self.mesh.dp_size,
@@ -197,7 +199,7 @@ class Trainer:
         return torch.device(kind)
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise ConfigError where a checkpoint is of another model or other data."""
+        """Raise ConfigError where a checkpoint is of another model, optimizer or other data."""
         differences = difference(state["config"], asdict(self.config))
         differences = [line for line in differences if not line.startswith("data.path:")]
         current = self.splits.fingerprint
@@ -246,7 +248,9 @@ class Trainer:
             return
         loss, gradient_norm = result.numbers.read()
         step_ms, data_ms = self.timer.take()
-        tokens_per_second = config.train.global_batch_size * config.seq_length / step_ms * 1000
+        batch_size = (self.consumed_samples - self.logged_samples) / (self.step - self.logged_step)
+        self.logged_step, self.logged_samples = self.step, self.consumed_samples
+        tokens_per_second = batch_size * config.seq_length / step_ms * 1000
         self.recorder.step(
             StepMetrics(
                 step=self.step,
@@ -272,7 +276,7 @@ class Trainer:
             return
         batch_size = self.config.train.global_batch_size
         batches = min(self.config.train.eval_steps, max(1, dataset.samples_per_epoch // batch_size))
-        reader = self._reader(dataset)
+        reader = self._reader(dataset, lambda _: batch_size)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index in range(batches):
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]

@@ -1,7 +1,7 @@
 """A global batch is the same whatever ranks, micro-batches and threads share it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,12 @@ def dataset(tmp_path: Path) -> GPTDataset:
     return GPTDataset(IndexedDataset(tmp_path / "x"), 0, 241, 8, seed=1)
 
 
+def constantly(size: int) -> Callable[[int], int]:
+    return lambda _: size
+
+
 def global_batches(dataset: GPTDataset, dp_size: int, micro: int, workers: int, reads: list[int]) -> Iterator[list]:
-    readers = [BatchReader(dataset, 24, micro, rank, dp_size, workers) for rank in range(dp_size)]
+    readers = [BatchReader(dataset, constantly(24), micro, rank, dp_size, workers) for rank in range(dp_size)]
     for consumed in reads:
         rows: dict[int, tuple] = {}
         for rank, reader in enumerate(readers):
@@ -72,7 +76,7 @@ class Watched(GPTDataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_surfaces_where_its_batch_is_read(dataset: GPTDataset, workers: int) -> None:
-    reader = BatchReader(Watched(dataset, broken=5), 4, 2, 0, 1, workers)
+    reader = BatchReader(Watched(dataset, broken=5), constantly(4), 2, 0, 1, workers)
     assert len(reader.read(0)) == 2
     with pytest.raises(CorruptDataError, match="a torn page"):
         reader.read(4)
@@ -81,7 +85,7 @@ def test_an_error_surfaces_where_its_batch_is_read(dataset: GPTDataset, workers:
 
 def test_threads_read_one_batch_ahead(dataset: GPTDataset) -> None:
     watched = Watched(dataset, broken=-1)
-    reader = BatchReader(watched, 4, 2, 0, 1, num_workers=1)
+    reader = BatchReader(watched, constantly(4), 2, 0, 1, num_workers=1)
     reader.read(0)
     reader.read(4)
     reader.close()
@@ -93,13 +97,13 @@ def test_threads_read_one_batch_ahead(dataset: GPTDataset) -> None:
 
 def test_no_threads_without_workers(dataset: GPTDataset) -> None:
     watched = Watched(dataset, broken=-1)
-    BatchReader(watched, 4, 2, 0, 1, num_workers=0).read(0)
+    BatchReader(watched, constantly(4), 2, 0, 1, num_workers=0).read(0)
     assert watched.read == [(index, True) for index in range(4)]
 
 
 def test_close_ends_the_threads(dataset: GPTDataset) -> None:
     before = threading.active_count()
-    reader = BatchReader(dataset, 4, 2, 0, 1, num_workers=2)
+    reader = BatchReader(dataset, constantly(4), 2, 0, 1, num_workers=2)
     reader.read(0)
     assert threading.active_count() > before
     reader.close()
@@ -108,4 +112,18 @@ def test_close_ends_the_threads(dataset: GPTDataset) -> None:
 
 def test_sizes_that_do_not_divide_are_refused(dataset: GPTDataset) -> None:
     with pytest.raises(ValueError, match="2 ranks of 3 samples do not divide 8"):
-        BatchReader(dataset, 8, 3, 0, 2, 0)
+        BatchReader(dataset, constantly(8), 3, 0, 2, 0).read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_grows_is_read_ahead_at_its_new_size(dataset: GPTDataset, workers: int) -> None:
+    watched = Watched(dataset, broken=-1)
+    readers = [BatchReader(watched, lambda consumed: 4 if consumed < 8 else 12, 2, rank, 2, workers) for rank in (0, 1)]
+    for start, size in ((0, 4), (4, 4), (8, 12), (20, 12), (4, 4)):
+        found = [[batch.sample_indices.tolist() for batch in reader.read(start)] for reader in readers]
+        for rank, batches in enumerate(found):
+            assert batches == [[first, first + 1] for first in range(start + 2 * rank, start + size, 4)]
+    for reader in readers:
+        reader.close()
+    if workers:
+        assert max(index for index, _ in watched.read) <= 43, "one batch ahead, not more"

@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "full"),
     "accumulation": (1, 3),
     "dropout": (0.0, 0.2),
+    "optimizer": ("adamw", "muon"),
 }
 
 
@@ -90,7 +91,7 @@ def configuration(model_name: str, case: Case, precision: str = "fp64") -> RunCo
         model=model,
         data=DataConfig(corpus="sample", seq_length=SEQ_LENGTH[model_name]),
         parallel=layout,
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5),
+        optimizer=OptimizerConfig(name=case["optimizer"], lr=1e-2, clip_grad=0.5),
         train=TrainConfig(
             micro_batch_size=micro_batch_size,
             global_batch_size=layout.dp * micro_batch_size * case["accumulation"],

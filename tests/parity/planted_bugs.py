@@ -15,6 +15,7 @@ import parallel.tensor
 import training.train_step
 from core.norm import LayerNorm, RMSNorm
 from core.rotary import RotaryTable
+from parallel.matrix_exchange import MatrixExchange
 from parallel.mesh import ParallelMesh
 from parallel.tensor import RowParallelLinear, TensorParallel, VocabParallelEmbedding, local
 
@@ -157,3 +158,8 @@ def initial_weight_drawn_per_rank():
 
 def padding_not_masked():
     VocabParallelEmbedding.own_tokens = property(lambda self: self.local_rows)
+
+
+def muon_of_own_shard():
+    """Each rank makes its own shard orthogonal."""
+    MatrixExchange.apply = staticmethod(lambda _turn, shards, function: list(map(function, shards)))

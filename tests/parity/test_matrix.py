@@ -53,6 +53,7 @@ def test_the_reference_exercises_every_parameter_and_the_clipping(model_name):
 REPLICATED = [
     ("gpt2", {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "sequence": True}),
     ("gpt2", {"tp": 2, "dp_replicate": 1, "dp_shard": 2, "sequence": False}),
+    ("gpt2", {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "sequence": True, "optimizer": "muon"}),
     ("llama", {"tp": 4, "dp_replicate": 1, "dp_shard": 1, "sequence": True}),
 ]
 
@@ -64,7 +65,7 @@ def long_run(rank, world_size, config, batches):
 
 @pytest.mark.parametrize(("model_name", "case"), REPLICATED)
 def test_after_twenty_bf16_steps_replicas_are_bit_identical(model_name, case):
-    usual = {"tied": True, "recompute": "none", "accumulation": 1, "dropout": 0.2}
+    usual = {"tied": True, "recompute": "none", "accumulation": 1, "dropout": 0.2, "optimizer": "adamw"}
     config = configuration(model_name, usual | case, "bf16")
     assert run_ranks(4, long_run, config, ragged_batches(config, 20))[0] == []
 

@@ -13,6 +13,7 @@ LAYOUTS = {
     "groups": ("llama", {"tp": 4, "sequence": False}),
     "replicas": ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "accumulation": 3, "dropout": 0.2}),
     "composed": ("llama", {"tp": 2, "sequence": True, "dp_replicate": 2, "zero": 1}),
+    "muon": ("gpt2", {"tp": 2, "dp_shard": 2, "optimizer": "muon"}),
 }
 CAUGHT = [  # (bug, layout, what the verdict says of it)
     ("norm_gradient_not_summed", "sequence", "step 1: gradient of block.layers.1.mlp_norm.weight: replicas differ"),
@@ -33,6 +34,7 @@ CAUGHT = [  # (bug, layout, what the verdict says of it)
     ("norm_of_own_shard", "tensor", "gradient norm is off by"),
     ("initial_weight_drawn_per_rank", "tensor", "initial weight of block.layers.0.mlp.up.weight differs"),
     ("initial_weight_drawn_per_rank", "replicas", "initial weight of block.layers.0.mlp.up.weight: replicas differ"),
+    ("muon_of_own_shard", "muon", "step 2: gradient of"),
     ("padding_not_masked", "groups", "loss is off by"),
 ]
 
@@ -40,6 +42,7 @@ CAUGHT = [  # (bug, layout, what the verdict says of it)
 def build(layout):
     model_name, case = LAYOUTS[layout]
     usual = dict.fromkeys(DIMENSIONS, 1) | {"tied": False, "recompute": "none", "accumulation": 1, "dropout": 0.0}
+    usual["optimizer"] = "adamw"
     return configuration(model_name, usual | case)
 
 

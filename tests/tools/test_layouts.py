@@ -135,6 +135,14 @@ def test_where_nothing_is_legal_it_says_why_and_exits_78(words, fragments, capsy
     assert all(fragment in said for fragment in fragments), said
 
 
+def test_a_growing_batch_and_muon_are_said(capsys):
+    _, lines = listed(capsys, "world_size=2", "train.batch_schedule=0:8 1M:16", "train.micro_batch_size=2")
+    assert lines[0].endswith("parameters, 8 or 16 samples a step")
+    assert [line.split()[5] for line in lines[2:5]] == ["2/4", "2/4", "4/8"]
+    _, lines = listed(capsys, "world_size=1", "optimizer=muon")
+    assert "both moments of AdamW, of which Muon needs one for matrices, in float32;" in lines[-1]
+
+
 def test_what_is_wrong_whatever_the_layout_is_said_once(capsys):
     assert main(["layouts", "world_size=8", "schedule.min_lr=1", "parallel.pp=2"]) == 78
     said = capsys.readouterr().err.splitlines()

@@ -92,6 +92,13 @@ def test_accumulation_stays_where_it_was():
     assert scale_down(resolved(*words, "train.micro_batch_size=4")).accumulation_steps == 2
 
 
+def test_a_growing_batch_stays_small_and_names_of_parameters_that_go_are_forgotten():
+    words = ["world_size=2", "train.batch_schedule=0:8 1M:64", "train.micro_batch_size=2", "optimizer=muon"]
+    small = scale_down(resolved(*words, "optimizer.groups=['block.layers.11.*:lr_scale=0.5']"))
+    assert (small.train.global_batch_size, small.batches.sizes, small.accumulation_steps) == (8, [8], 2)
+    assert (small.optimizer.name, small.optimizer.groups) == ("muon", [])
+
+
 @pytest.mark.parametrize(
     ("tp", "replicate", "shard", "wanted"),
     [

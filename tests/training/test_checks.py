@@ -110,6 +110,18 @@ BAD = [
     (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
     (f"{GPT2} model.vocab_size=300", "less than the 1536 tokens", "null or at least 1536"),
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
+    # the optimizer
+    ("optimizer.name=muno", "did you mean muon?", "known: adamw, muon"),
+    ("optimizer=muons", "did you mean muon?"),
+    ("optimizer.adjust_lr=match_rms", "did you mean match_rms_adamw?"),
+    ("optimizer.newton_schulz_steps=100", "must be below 100"),
+    ("optimizer.groups=['*norm*']", "optimizer.groups: '*norm*': it is written PATTERN:lr_scale=0.5,weight_decay=0.0"),
+    ("optimizer.groups=['*norm*:']", "known: lr_scale, weight_decay"),
+    ("optimizer.groups=['*:lr_scle=1']", "did you mean lr_scale? known: lr_scale, weight_decay"),
+    ("optimizer.groups=['*:lr_scale=1,weight_decay=inf']", "weight_decay=inf: must be a finite number of at least 0"),
+    ("optimizer.groups=['*:lr_scale=-1']", "lr_scale=-1: must be a finite number of at least 0"),
+    ("optimizer.groups=['*:lr_scale=fast']", "lr_scale=fast: must be a finite number"),
+    ("optimizer.groups=[*norm*:lr_scale=2]", "quote it: \"optimizer.groups=['*norm*:lr_scale=2']\""),
     # ranks
     (
         "world_size=6 parallel.tp=4",
@@ -172,6 +184,21 @@ BAD = [
     ("parallel.dp_shard=0", "use -1 for all ranks that remain, or at least 1"),
     ("world_size=3 train.global_batch_size=8", "not divisible by 3", "train.global_batch_size=6 or 9"),
     ("world_size=16 train.global_batch_size=8", "not divisible by 16", "try train.global_batch_size=16"),
+    ("train.batch_schedule=32", "train.batch_schedule='32': 32 is not TOKENS:SAMPLES, such as 0:32"),
+    ("train.batch_schedule='0:8 1m:16'", "1m:16 is not TOKENS:SAMPLES", "k, M, B or T"),
+    ("train.batch_schedule='0:8 1k:0'", "1k:0 is not TOKENS:SAMPLES"),
+    ("train.batch_schedule='1k:16'", "must begin at 0 tokens; try '0:32 1k:16'"),
+    ("train.batch_schedule=''", "must begin at 0 tokens; try '0:32'"),
+    ("train.batch_schedule='0:8 2k:12 2000:16'", "must ascend, but 2000:16 does not come after 2,000 tokens"),
+    (
+        "world_size=2 train.batch_schedule='0:8 2k:9'",
+        "train.batch_schedule='0:8 2k:9': 9 is not divisible by 2 data-parallel ranks; try 8 or 10",
+    ),
+    (
+        "world_size=2 train.micro_batch_size=4 train.batch_schedule='0:8 2k:12'",
+        "12 is not divisible by 2 data-parallel ranks * train.micro_batch_size=4",
+        "; try 8 or 16, or train.micro_batch_size=2",
+    ),
     (
         "world_size=2 train.global_batch_size=24 train.micro_batch_size=5",
         "2 data-parallel ranks * train.micro_batch_size=5",
@@ -214,7 +241,8 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=[case[0] for case in BAD])
 def test_a_bad_configuration_is_refused_with_what_would_work(case):
     typed, *fragments = case
-    words = [typed] if typed.startswith("model={") else typed.split()
+    before, spaced, after = typed.partition("train.batch_schedule=")
+    words = [typed] if typed.startswith("model={") else [*before.split(), *([spaced + after] if spaced else [])]
     with pytest.raises(ConfigError) as caught:
         resolve(compose(words), {})
     message = str(caught.value)

@@ -17,6 +17,7 @@ from training.config import RunConfig
 from training.errors import ConfigError
 from training.overrides import CommandLine, read_command_line
 from training.settings import CONF, presets
+from training.summary import summary
 
 EVERY_PRESET = [(group, name) for group, names in presets().items() for name in names]
 
@@ -123,6 +124,18 @@ def test_resolving_fills_in_what_is_derived():
     assert (config.model.vocab_size, config.train.micro_batch_size, config.schedule.steps) == (1536, 4, 100)
     assert resolve(config, {"WORLD_SIZE": "6"}) == config
     assert resolve(compose([]), {}).world_size == 1
+
+
+def test_a_batch_schedule_gives_the_batch_and_micro_batches_that_fit_all_its_sizes():
+    words = ["train.batch_schedule=0:24 1.5k:36 2M:24", "world_size=2", "data.seq_length=100"]
+    config = resolve(compose(words), {})
+    assert (config.train.global_batch_size, config.train.micro_batch_size) == (24, 6)
+    assert (config.accumulated, config.accumulation_steps) == ([2, 3], 2)
+    assert resolve(config, {}) == config
+    said = summary(config)
+    assert "24 or 36 samples a step (0:24 1.5k:36 2M:24): 2 ranks * micro-batch 6 * 2 or 3 accumulated\n" in said
+    assert "2,400 or 3,600 a step, 100 a sample\n" in said
+    assert resolve(compose([*words, "train.micro_batch_size=3"]), {}).accumulated == [4, 6]
 
 
 def test_a_larger_vocabulary_than_the_tokenizers_is_kept():

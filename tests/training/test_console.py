@@ -137,6 +137,25 @@ def test_start_says_model_batch_layout_and_directory_in_at_most_five_lines():
         assert said in text
 
 
+def test_a_growing_batch_is_said_and_the_eta_knows_of_it():
+    stream = io.StringIO()
+    config = RunConfig(
+        model=ModelConfig(vocab_size=99, max_position_embeddings=100),
+        parallel=ParallelConfig(dp_shard=2),
+        train=TrainConfig(steps=10, batch_schedule="0:4 1.2k:8"),
+    )
+    console = Console(10, interactive=False, stream=stream)
+    console.start(config, 1000, "cpu")
+    for step, consumed, step_ms in ((2, 8, 4000), (5, 28, 8000)):
+        console.step(replace(STEP, step=step, consumed_samples=consumed, step_ms=step_ms))
+    lines = stream.getvalue().splitlines()
+    assert lines[1] == "batch  4 or 8 samples x 100 = 400 or 800 tokens a step (0:4 1.2k:8), 6.80k in 10 steps"
+    assert "a step is 1 or 2 x 2 samples a rank" in lines[2]
+    # a second a sample: 4 + 7 * 8 samples are left, then 5 * 8
+    assert lines[-2].endswith("eta 1:00")
+    assert lines[-1].endswith("eta 0:40")
+
+
 def test_the_bar_moves_below_whole_lines_and_goes_away():
     stream = io.StringIO()
     console = Console(500, interactive=True, stream=stream)

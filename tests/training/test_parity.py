@@ -13,7 +13,7 @@ from data.batches import BatchReader
 from data.config import DataConfig
 from parallel.config import ParallelConfig
 from parallel.sharding import Box
-from training.config import RunConfig, TrainConfig
+from training.config import OptimizerConfig, RunConfig, TrainConfig
 from training.parity import (
     StepRecord,
     Trajectory,
@@ -179,7 +179,7 @@ def test_a_rank_takes_the_rows_that_the_reader_would_give_it(replicate, shard, m
     dp, rows = given_config.parallel.dp, given_config.train.global_batch_size
     dataset = SimpleNamespace(sample=lambda index: SimpleNamespace(tokens=np.full(3, index)))
     for rank in range(dp):
-        reader = BatchReader(dataset, rows, micro, rank, dp, 0)
+        reader = BatchReader(dataset, lambda _, rows=rows: rows, micro, rank, dp, 0)
         wanted = [batch.sample_indices.tolist() for batch in reader.read(0)]
         assert [list(range(rows))[part] for part in own_rows(given_config, rank)] == wanted
 
@@ -198,3 +198,4 @@ def test_a_layout_in_words():
     plain = replace(config(1, 1, 2, accumulation=1), model=ModelConfig(tie_embeddings=False, dropout=0.1))
     plain = replace(plain, parallel=replace(plain.parallel, sequence=False))
     assert describe_layout(plain) == "tp=2 dropout"
+    assert describe_layout(replace(plain, optimizer=OptimizerConfig(name="muon"))) == "tp=2 muon dropout"

@@ -53,8 +53,9 @@ def state(model, step):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments_nor_any_later_step(poison, precision):
-    model, step = build(precision=precision)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_moments_nor_any_later_step(name, poison, precision):
+    model, step = build(precision=precision, name=name)
     step(1, [batch()], 1e-2)
     before = state(model, step)
     hook = model.block.register_forward_hook(lambda _module, _inputs, output: output * poison)
@@ -76,6 +77,19 @@ def test_steps_move_every_weight_and_count():
     still = [name for name in before if torch.equal(before[name], after[name]) and "key.bias" not in name]
     assert still == []
     assert all(value == 1 for name, value in after.items() if name.startswith("optimizer.step."))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_group_moves_at_a_multiple_of_the_scheduled_rate(name):
+    moved = {}
+    for groups in ([], ["embedding.*:lr_scale=0", "*.query.weight:lr_scale=0.25"]):
+        model, step = build(name=name, groups=groups, weight_decay=0.0)
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        step(1, [batch()], 1e-2)
+        moved[len(groups)] = {key: parameter.detach() - before[key] for key, parameter in model.named_parameters()}
+    for key, by in moved[2].items():
+        scale = 0.0 if key.startswith("embedding.") else 0.25 if key.endswith("query.weight") else 1.0
+        torch.testing.assert_close(by, scale * moved[0][key], rtol=1e-4, atol=1e-7)
 
 
 def test_clipping_scales_the_gradient_to_the_limit_and_reports_the_norm_before(monkeypatch):

@@ -1,0 +1,107 @@
+"""A run that is interrupted and continued is the run that was not: Muon, a growing batch and WSD at once."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import pretrain_gpt
+from parallel.local_ranks import run_ranks
+from training.errors import ConfigError
+
+# 32 tokens a sample: steps 1 to 3 take 4 samples and step 4, the first at or after 300 tokens, 8.
+WORDS = ["model=tiny", "model.num_layers=2", "data=sample", "data.tokenizer=bytes", "data.seq_length=32",
+         "optimizer=muon", "optimizer.lr=1e-2", "optimizer.groups=['*norm*:lr_scale=0.5,weight_decay=0.1']",
+         "schedule=wsd", "schedule.warmup_steps=1", "schedule.decay_steps=3", "train.steps=6",
+         "train.batch_schedule=0:4 300:8", "train.precision=fp64", "log.sample_ids=true"]  # fmt: skip
+SIZES = [4, 4, 4, 8, 8, 8]
+
+
+def one_rank(rank, world_size, words):
+    return pretrain_gpt.main(words, os.environ)
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def train(out_dir, name, ranks, *words):
+    return run_ranks(ranks, one_rank, [*WORDS, f"out_dir={out_dir}", f"name={name}", *words], initialize=False)[0]
+
+
+def metrics(out_dir, name, *keys):
+    lines = [json.loads(line) for line in (out_dir / name / "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line for line in lines}
+    return [[line[key] for key in keys] for _, line in sorted(by_step.items())]
+
+
+def samples(out_dir, name):
+    lines = [json.loads(line) for line in (out_dir / name / "samples.jsonl").read_text().splitlines()]
+    return [(line["step"], line["samples"], line["crc"]) for line in lines]
+
+
+def tensors(out_dir, name):
+    found = {}
+    for file in sorted((out_dir / name / "checkpoints" / "step_00000006").glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {(file.name, key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+NUMBERS = ("step", "loss", "grad_norm", "lr", "consumed_samples", "consumed_tokens")
+
+
+@pytest.fixture(scope="module")
+def one_process(out_dir):
+    assert train(out_dir, "whole", 1) == 0
+    return metrics(out_dir, "whole", *NUMBERS)
+
+
+def test_samples_are_consumed_in_order_and_as_the_schedule_says(out_dir, one_process):
+    assert [numbers[4] for numbers in one_process] == np.cumsum(SIZES).tolist()
+    assert [numbers[5] for numbers in one_process] == (32 * np.cumsum(SIZES)).tolist()
+    fed = samples(out_dir, "whole")
+    assert [len(ids) for _, ids, _ in fed] == SIZES
+    flat = [tuple(sample) for _, ids, _ in fed for sample in ids]
+    one_batch = ["train.batch_schedule=null", "train.global_batch_size=36", "train.exit_after=1"]
+    assert train(out_dir, "constant", 1, *one_batch) == 75
+    assert flat == [tuple(sample) for sample in samples(out_dir, "constant")[0][1]]
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_interrupted_and_continued_equals_uninterrupted_bit_for_bit(out_dir, one_process, stop):
+    words = ["parallel.dp_shard=2", "train.micro_batch_size=1"]
+    if not (out_dir / "shards").exists():
+        assert train(out_dir, "shards", 2, *words) == 0
+    name = f"stopped_at_{stop}"
+    assert train(out_dir, name, 2, *words, f"train.exit_after={stop}") == 75
+    assert train(out_dir, name, 2, *words) == 0
+    assert metrics(out_dir, name, *NUMBERS) == metrics(out_dir, "shards", *NUMBERS)
+    assert samples(out_dir, name) == samples(out_dir, "shards") == samples(out_dir, "whole")
+    expected, found = tensors(out_dir, "shards"), tensors(out_dir, name)
+    assert any("optimizer.momentum_buffer." in key for _, key in expected)
+    assert any("optimizer.exp_avg_sq." in key for _, key in expected)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    np.testing.assert_allclose(metrics(out_dir, name, *NUMBERS), one_process, rtol=1e-10)
+
+
+def test_another_layout_continues_as_one_process_would(out_dir, one_process):
+    assert train(out_dir, "changed", 2, "parallel.dp_shard=2", "train.exit_after=4") == 75
+    assert train(out_dir, "changed", 4, "parallel.tp=2", "parallel.dp_replicate=2") == 0
+    np.testing.assert_allclose(metrics(out_dir, "changed", *NUMBERS), one_process, rtol=1e-10)
+    assert samples(out_dir, "changed") == samples(out_dir, "whole")
+
+
+def test_another_optimizer_cannot_continue_a_run(out_dir, one_process):
+    with pytest.raises(ConfigError, match=r"optimizer.name: was muon, now adamw"):
+        train(out_dir, "whole", 1, "optimizer=adamw", "train.steps=7")
+
+
+def test_a_pattern_without_a_parameter_is_refused_by_all_ranks(out_dir):
+    with pytest.raises(ConfigError, match=r"\*.mpl.\* matches no parameter; names are like embedding.word.weight"):
+        train(out_dir, "no_such_parameter", 2, "optimizer.groups=['*.mpl.*:lr_scale=2']")
