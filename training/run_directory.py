@@ -18,11 +18,13 @@ from typing import IO, Any, Literal, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
+from data.config import DataConfig
+from data.vocabulary import find_tokenizer, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, RunDirectoryError, StorageError
 
-KEPT_TOKENIZER = "tokenizer.tiktoken"
-"""Copy of the data's `.tiktoken` file in the run directory, so that the run can be moved and read anywhere."""
+KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
+"""Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
 
 State = Literal["running", "completed", "preempted", "failed"]
 Config = TypeVar("Config")
@@ -99,9 +101,16 @@ class RunDirectory:
         write_atomically(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides).encode())
         write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
 
-    def keep_tokenizer(self, tokenizer: Path) -> None:
+    def keep_tokenizer(self, tokenizer: str) -> None:
         """Copies the data's tokenizer file here. Raises StorageError."""
-        write_atomically(self.path / KEPT_TOKENIZER, tokenizer.read_bytes())
+        for ending, content in tokenizer_files(tokenizer).items():
+            write_atomically(self.path / f"tokenizer{ending}", content)
+
+    def tokenizer(self, data: DataConfig, out_dir: str) -> str:
+        """The tokenizer as `load_tokenizer` takes it: the file kept here, else the one of the data. Raises
+        DataPathError or CorruptDataError."""
+        kept = [self.path / name for name in KEPT_TOKENIZERS if (self.path / name).is_file()]
+        return str(kept[0]) if kept else find_tokenizer(data, out_dir)
 
     def saved_config(self) -> dict[str, Any] | None:
         """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
