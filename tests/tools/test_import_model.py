@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import pretrain_gpt
+from data.preparation import prepare_documents
 from models.hugging_face import OTHER_FILES
 from tests.models.hugging_face_models import MODELS, equal_bytes, reference, rewrite, save, save_tokenizer, stored
 from tools.cli import main
@@ -22,8 +23,9 @@ def run(*words):
 
 def train(folder, *words):
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-    words = [*words, f"out_dir={folder}", "data=sample", "data.tokenizer=bytes", "train.steps=1", "data.seq_length=8"]
-    return pretrain_gpt.main(words, environment)
+    prepare_documents([f"document {number}" for number in range(99)], folder / "data", "bytes", seed=0)
+    words = [*words, f"out_dir={folder}", "data=files", f"data.path={folder}/data", "train.steps=1"]
+    return pretrain_gpt.main([*words, "data.seq_length=8"], environment)
 
 
 @pytest.mark.parametrize("name", MODELS)
