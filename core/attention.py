@@ -46,7 +46,7 @@ class KeyValueCache:
 
 
 class SelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(head_dim)) V over earlier positions (arXiv:1706.03762), or those of them in a sliding window.
+    """softmax(Q K^T / sqrt(head_dim)) V over earlier positions, or the window of them (arXiv:1706.03762, 2310.06825).
 
     Query heads share keys and values in groups (arXiv:2305.13245): one group a head is multi-head attention, one group
     in all is multi-query attention.

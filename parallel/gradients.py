@@ -32,8 +32,7 @@ def partial_parameters(model: nn.Module, tensor: TensorParallel) -> list[nn.Para
         parameter
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
-        if is_whole_on_each_rank(parameter)
-        and (tensor.sequence or getattr(module, "partial_gradient", False))
+        if is_whole_on_each_rank(parameter) and (tensor.sequence or getattr(module, "partial_gradient", False))
     ]
 
 

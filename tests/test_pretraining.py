@@ -16,7 +16,10 @@ import pretrain_gpt
 from data.errors import CorruptDataError
 from data.indexed_dataset import IndexedDatasetWriter
 from parallel.local_ranks import run_ranks
+from tools.describe import describe
+from training.compose import compose, resolve
 from training.errors import ConfigError, NonFiniteError, PeerError, RunDirectoryError, StorageError
+from training.hardware import PEAK_TERAFLOPS
 from training.run_directory import RunDirectory
 
 SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",
@@ -368,3 +371,16 @@ def test_torchrun_and_the_command_line_end_to_end(out_dir):
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("Return")
     assert len(generated.stdout) > 50
+
+
+def rank_with_a_peak(rank, world_size, words):
+    PEAK_TERAFLOPS["cpu"] = {"fp32": 0.5}
+    return pretrain_gpt.main(words, os.environ)
+
+
+def test_model_flops_utilization_is_of_the_peak_of_all_ranks(out_dir):
+    words = [*SMALL, f"out_dir={out_dir}", "train.steps=2"]
+    assert run_ranks(2, rank_with_a_peak, [*words, "name=peak"], initialize=False) == [0, 0]
+    cost = describe(resolve(compose(words), {}))["flops_per_token"]
+    for record in lines(out_dir, "peak", "metrics.jsonl").values():
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * cost / (2 * 0.5e12))

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prepare": "turn text files or JSON lines into training data",
         "train-tokenizer": "train a vocabulary on text",
         "generate": "let a trained model write",
+        "describe": "say how large a model is, what a token costs and what training it holds",
         "layouts": "list the ways to divide a model over ranks",
         "parity": "hold a layout against one process, scaled down to this machine",
         "import": "make a run directory of a Hugging Face model",

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = compose(arguments.overrides)
     if config.world_size is None:
         config = replace(config, world_size=_started_ranks(os.environ))
-    config, note = _without_missing_data(config)
+    config, note = without_missing_data(config)
     kept = {word.lstrip("+").partition("=")[0] for word in arguments.overrides}
     layouts = find_layouts(config, [name for name in DIMENSIONS if f"parallel.{name}" in kept])
     if not layouts.legal:
@@ -62,14 +62,14 @@ def _started_ranks(environment: Mapping[str, str]) -> int:
     return int(started)
 
 
-def _without_missing_data(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def without_missing_data(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration with other data where its own is not on this machine and all that is wanted of it, the
     vocabulary, is given; and a line that says so. Raises ConfigError where the vocabulary is not given either."""
     try:
         find_vocabulary(config.data, config.out_dir)
     except (DataPathError, TokenizerError) as error:
         if config.model.vocab_size is None:
-            raise ConfigError(f"{error}; to list layouts without the data, give model.vocab_size") from error
+            raise ConfigError(f"{error}; to do without the data, give model.vocab_size") from error
         data = replace(config.data, path=None, corpus="sample", tokenizer="bytes")
         note = f"the data is not looked at, and model.vocab_size taken as it stands: {error}"
         return replace(config, data=data), [note]
@@ -119,11 +119,16 @@ def _check(config: RunConfig, layout: ParallelConfig) -> RunConfig | tuple[str, 
         return error.args
 
 
+def number_bytes(config: RunConfig) -> int:
+    """Bytes of a weight as the optimizer holds it, of its gradient, and of each moment."""
+    return 8 if config.train.precision == "fp64" else 4
+
+
 def state_bytes(config: RunConfig) -> int:
     """Bytes a rank holds of weights, gradients and optimizer state, cut over tp and dp_shard: float32 numbers, float64
     under fp64. The rank with the most of a weight that dp_shard cuts unevenly holds up to a row more."""
     parameters = -(-config.model.parameter_count(config.parallel.tp) // config.parallel.dp_shard)
-    return NUMBERS_A_PARAMETER * (8 if config.train.precision == "fp64" else 4) * parameters
+    return NUMBERS_A_PARAMETER * number_bytes(config) * parameters
 
 
 def _table(layouts: Layouts) -> Iterator[str]:

@@ -124,6 +124,7 @@ def smaller_model(model: ModelConfig, tp: int, seq_length: int) -> ModelConfig:
         head_dim=None if model.head_dim is None else head_dim,
         ffn_hidden_size=min(ffn_size, model.ffn_size),
         vocab_size=VOCABULARY,
+        sliding_window=model.sliding_window and min(model.sliding_window, max(1, seq_length // 2)),
         max_position_embeddings=min(model.max_position_embeddings, seq_length + 3),
         init_std=float(f"{model.init_std * math.sqrt(model.hidden_size / hidden_size):.3g}"),
     )

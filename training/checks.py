@@ -13,10 +13,6 @@ from training.config import RunConfig
 from training.settings import closest
 
 NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("model.activation", ("gelu", "gelu_tanh", "swiglu")),
-    ("model.rope_scaling", (None,)),
-    ("model.qk_norm", (False,)),
-    ("model.sliding_window", (None,)),
     ("model.num_experts", (None,)),
     ("model.moe_top_k", (2,)),
     ("data.blend", (None,)),
@@ -126,6 +122,25 @@ def check_rotary(config: RunConfig) -> Iterator[str]:
         yield (
             f"model.hidden_size={model.hidden_size} / model.num_attention_heads={model.num_attention_heads} gives "
             f"heads of odd width {size}, but rope turns pairs of channels; {advice}"
+        )
+
+
+def check_rotary_scaling(config: RunConfig) -> Iterator[str]:
+    """Rotary scaling has frequencies to scale, and room to blend between low and high ones."""
+    model = config.model
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    if model.rope_scaling is None:
+        return
+    stated = f"model.rope_scaling={model.rope_scaling}"
+    if model.position_embedding != "rope":
+        yield (
+            f"{stated}: model.position_embedding={model.position_embedding} has no rotary frequencies to scale; "
+            f"use model.position_embedding=rope or model.rope_scaling=null"
+        )
+    if high <= low:
+        yield (
+            f"{stated}: model.rope_high_frequency_factor={high} must be above model.rope_low_frequency_factor={low}, "
+            f"as frequencies between the two are blended; try model.rope_high_frequency_factor={4 * low}"
         )
 
 
@@ -364,6 +379,7 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_heads,
     check_query_groups,
     check_rotary,
+    check_rotary_scaling,
     check_positions,
     check_world,
     check_tensor_heads,

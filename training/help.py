@@ -94,6 +94,7 @@ def help_page() -> str:
         "Look next",
         "  --cfg job                   every key with its value, as these words compose it",
         "  check=true world_size=N     whether N ranks can run it, and how the work is divided",
+        "  kilotron describe           parameters, arithmetic a token, and bytes of a model",
         "  kilotron layouts            every way to divide world_size=N ranks, with the memory it takes",
         "  -m KEY=A,B                  one run after another",
         "  docs/architecture.md        how it is built",

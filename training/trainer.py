@@ -29,6 +29,7 @@ from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifes
 from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
+from training.hardware import model_flops_utilization
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
 from training.recorder import Recorder
@@ -249,6 +250,7 @@ class Trainer:
             return
         loss, gradient_norm = result.numbers.read()
         step_ms, data_ms = self.timer.take()
+        tokens_per_second = config.train.global_batch_size * config.seq_length / step_ms * 1000
         self.recorder.step(
             StepMetrics(
                 step=self.step,
@@ -257,10 +259,10 @@ class Trainer:
                 loss=loss,
                 lr=learning_rate(config, self.step),
                 grad_norm=gradient_norm,
-                tokens_per_second=config.train.global_batch_size * config.seq_length / step_ms * 1000,
+                tokens_per_second=tokens_per_second,
                 step_ms=step_ms,
                 data_ms=data_ms,
-                mfu=None,
+                mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),
                 memory_gb=peak_memory_gb(self.device),
             )
         )

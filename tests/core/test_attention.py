@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from core.attention import KeyValueCache, SelfAttention
 from core.config import ModelConfig
@@ -14,15 +16,20 @@ from parallel.tensor import TensorParallel
 BATCH, SEQ, HIDDEN, HEADS = 2, 9, 48, 6
 
 
-def build(groups, head_dim=None, bias=True):
+def build(groups, head_dim=None, bias=True, **more):
     config = ModelConfig(
         hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=groups, head_dim=head_dim, bias=bias,
-        init_std=0.3,
+        init_std=0.3, **more,
     )  # fmt: skip
     with torch.device("meta"):
         attention = SelfAttention(config, TensorParallel()).double()
     materialize(attention, 0, torch.device("cpu"))
     return attention
+
+
+def table_of(positions, head_dim=8, dtype=torch.float64, **more):
+    config = ModelConfig(hidden_size=head_dim, num_attention_heads=1, position_embedding="rope", **more)
+    return rotary_table(torch.as_tensor(positions), config, dtype)
 
 
 def written_out(attention, x, table):
@@ -36,11 +43,17 @@ def written_out(attention, x, table):
         group = head // (HEADS // groups)
         shared = slice(group * head_dim, (group + 1) * head_dim)
         q, k, v = query[..., own], key[..., shared], value[..., shared]
+        if attention.query_norm is not None:
+            q, k = (
+                part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+                for part, norm in ((q, attention.query_norm), (k, attention.key_norm))
+            )
         if table is not None:
             q, k = (apply_rotary(part.unsqueeze(1), table).squeeze(1) for part in (q, k))
         for position in range(x.shape[1]):
-            scores = (k[:, : position + 1] * q[:, position : position + 1]).sum(-1) / math.sqrt(head_dim)
-            outputs[:, position, own] = (scores.softmax(-1).unsqueeze(-1) * v[:, : position + 1]).sum(1)
+            seen = slice(max(0, position + 1 - (attention.window or SEQ)), position + 1)
+            scores = (k[:, seen] * q[:, position : position + 1]).sum(-1) / math.sqrt(head_dim)
+            outputs[:, position, own] = (scores.softmax(-1).unsqueeze(-1) * v[:, seen]).sum(1)
     return attention.output(outputs)
 
 
@@ -49,20 +62,49 @@ def written_out(attention, x, table):
 def test_equals_the_formula_for_every_grouping(groups, head_dim, rope):
     attention = build(groups, head_dim)
     x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64)
-    table = rotary_table(torch.arange(SEQ), attention.head_dim, 10_000.0, x.dtype) if rope else None
+    table = table_of(range(SEQ), attention.head_dim) if rope else None
     torch.testing.assert_close(attention(x, table), written_out(attention, x, table), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("pieces", [[SEQ], [1] * SEQ, [4, 1, 3, 1], [1, 8]])
-def test_a_cache_changes_nothing_however_the_sequence_arrives(pieces):
-    attention = build(groups=2)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("window", [None, 1, 4, SEQ - 1, SEQ, SEQ + 1])
+def test_equals_the_formula_with_a_window_and_normalised_heads(groups, window):
+    attention = build(groups, sliding_window=window, qk_norm=True)
+    for norm in (attention.query_norm, attention.key_norm):
+        torch.nn.init.normal_(norm.weight)
     x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64)
-    whole = attention(x, rotary_table(torch.arange(SEQ), attention.head_dim, 10_000.0, x.dtype))
+    table = table_of(range(SEQ))
+    torch.testing.assert_close(attention(x, table), written_out(attention, x, table), rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_as_long_as_the_sequence_takes_the_causal_path(monkeypatch):
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask, is_causal, **more):
+        masks.append((attn_mask, is_causal))
+        return attend(*arguments, attn_mask=attn_mask, is_causal=is_causal, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64)
+    for window in (SEQ, SEQ + 5, None):
+        build(2, sliding_window=window)(x)
+    assert masks == [(None, True)] * 3
+    build(2, sliding_window=SEQ - 1)(x)
+    assert masks[-1][0].shape == (SEQ, SEQ)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, SEQ])
+@pytest.mark.parametrize("pieces", [[SEQ], [1] * SEQ, [4, 1, 3, 1], [1, 8], [5, 4]])
+def test_a_cache_changes_nothing_however_the_sequence_arrives(pieces, window):
+    attention = build(groups=2, sliding_window=window, qk_norm=True)
+    x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64)
+    whole = attention(x, table_of(range(SEQ)))
     cache = KeyValueCache(BATCH, 2, SEQ, attention.head_dim, x.dtype, x.device)
     outputs = []
     for piece in pieces:
         positions = torch.arange(cache.length, cache.length + piece)
-        table = rotary_table(positions, attention.head_dim, 10_000.0, x.dtype)
+        table = table_of(positions)
         outputs.append(attention(x[:, cache.length : cache.length + piece], table, cache))
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-12, atol=1e-12)
 
@@ -81,7 +123,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def score(query_position, key_position):
-        tables = (rotary_table(torch.tensor([p]), 16, 500.0, torch.float64) for p in (query_position, key_position))
+        tables = (table_of([position], 16, rope_theta=500.0) for position in (query_position, key_position))
         return (apply_rotary(query, next(tables)) * apply_rotary(key, next(tables))).sum()
 
     torch.testing.assert_close(score(3, 1), score(1003, 1001), rtol=1e-10, atol=1e-12)
@@ -89,7 +131,27 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 def test_rotary_angles_keep_float64_and_never_fall_below_float32():
-    assert rotary_table(torch.arange(3), 8, 1e4, torch.float64).sine.dtype == torch.float64
-    assert rotary_table(torch.arange(3), 8, 1e4, torch.bfloat16).sine.dtype == torch.float32
+    assert table_of(range(3)).sine.dtype == torch.float64
+    assert table_of(range(3), dtype=torch.bfloat16).sine.dtype == torch.float32
     x = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
-    assert apply_rotary(x, rotary_table(torch.arange(3), 8, 1e4, x.dtype)).dtype == torch.bfloat16
+    assert apply_rotary(x, table_of(range(3), dtype=x.dtype)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("factor", "low", "high", "length"), [(8.0, 1.0, 4.0, 8192), (32.0, 0.5, 3.0, 700)])
+@pytest.mark.parametrize("theta", [500_000.0, 10_000.0])
+def test_llama3_scaling_is_that_of_transformers_and_leaves_no_frequency_out(theta, factor, low, high, length):
+    reference = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+                         "high_freq_factor": high, "original_max_position_embeddings": length},
+    )  # fmt: skip
+    expected = LlamaRotaryEmbedding(reference).inv_freq
+    scaled = {"rope_scaling": "llama3", "rope_scaling_factor": factor, "rope_low_frequency_factor": low,
+              "rope_high_frequency_factor": high, "rope_original_length": length, "rope_theta": theta}  # fmt: skip
+    # At position 1 the angle is the frequency, and below a quarter turn the arcsine finds it.
+    found, plain = (table_of([1], 128, **settings).sine[0].asin() for settings in (scaled, {"rope_theta": theta}))
+    torch.testing.assert_close(found[1:].float(), expected[1:], rtol=1e-6, atol=0)
+    ratios = (plain / found)[1:]
+    assert ratios[0] == pytest.approx(1)
+    assert ratios[-1] == pytest.approx(factor)
+    assert ((ratios > 1.01) & (ratios < factor - 0.01)).any()

@@ -48,7 +48,7 @@ def test_norms_compute_in_at_least_float32(norm, formula, dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2", "swiglu"])
 def test_mlp_is_its_formula(activation, bias):
     config = ModelConfig(hidden_size=16, num_attention_heads=2, ffn_hidden_size=40, activation=activation, bias=bias)
     mlp = filled(build_mlp(config, TensorParallel()))
@@ -57,6 +57,7 @@ def test_mlp_is_its_formula(activation, bias):
     inner = {
         "gelu": lambda: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
         "gelu_tanh": lambda: up * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3))),
+        "relu2": lambda: torch.where(up > 0, up**2, 0.0),
         "swiglu": lambda: mlp.gate(x) * torch.sigmoid(mlp.gate(x)) * up,
     }[activation]()
     torch.testing.assert_close(mlp(x), mlp.down(inner), rtol=1e-12, atol=1e-12)

@@ -14,6 +14,9 @@ CONFIGS = [
     ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=50,
                 max_position_embeddings=24, normalization="rmsnorm", activation="swiglu", position_embedding="rope",
                 bias=False, tie_embeddings=False, init_std=0.5),
+    ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=50,
+                max_position_embeddings=24, activation="relu2", position_embedding="rope", rope_scaling="llama3",
+                rope_original_length=8, qk_norm=True, sliding_window=6, init_std=0.5),
 ]  # fmt: skip
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.9])
 

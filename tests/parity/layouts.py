@@ -25,7 +25,8 @@ MODELS = {
     "llama": ModelConfig(
         num_layers=3, hidden_size=40, num_attention_heads=8, num_query_groups=2, head_dim=4, ffn_hidden_size=48,
         vocab_size=33, max_position_embeddings=16, normalization="rmsnorm", activation="swiglu",
-        position_embedding="rope", bias=False, init_std=0.2,
+        position_embedding="rope", rope_scaling="llama3", rope_original_length=16, qk_norm=True, sliding_window=5,
+        bias=False, init_std=0.2,
     ),
 }  # fmt: skip
 SEQ_LENGTH = {"gpt2": 24, "llama": 16}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.parity.layouts import LARGEST_WORLD, MODELS, configuration, matrix
+from tests.parity.layouts import LARGEST_WORLD, MODELS, SEQ_LENGTH, configuration, matrix
 from training.parity import LIMIT, STEPS, Comparison, describe_layout, verify
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
@@ -90,6 +90,9 @@ def describe_model(name: str) -> str:
         model.activation,
         f"{model.position_embedding} positions",
     ]
+    words += [f"{model.rope_scaling} scaling"] if model.rope_scaling else []
+    words += ["normalised queries and keys"] if model.qk_norm else []
+    words += [f"a window of {model.sliding_window} in {SEQ_LENGTH[name]} positions"] if model.sliding_window else []
     words += [
         f"{model.num_attention_heads} heads",
         f"{model.query_groups} key/value heads",

@@ -40,6 +40,10 @@ def key_gradient_not_summed():
     _forget_to_sum(lambda name, _: name == "block.layers.2.attention.key")
 
 
+def query_norm_gradient_not_summed():
+    _forget_to_sum(lambda name, _: name == "block.layers.1.attention.query_norm")
+
+
 def row_bias_gradient_not_summed():
     _forget_to_sum(lambda name, module: isinstance(module, RowParallelLinear) and name.endswith("0.mlp.down"))
 

@@ -18,6 +18,7 @@ CAUGHT = [  # (bug, layout, what the verdict says of it)
     ("norm_gradient_not_summed", "sequence", "step 1: gradient of block.layers.1.mlp_norm.weight: replicas differ"),
     ("row_bias_gradient_not_summed", "sequence", "step 1: gradient of block.layers.0.mlp.down.bias: replicas differ"),
     ("key_gradient_not_summed", "groups", "step 1: gradient of block.layers.2.attention.key.weight: replicas differ"),
+    ("query_norm_gradient_not_summed", "groups", "gradient of block.layers.1.attention.query_norm.weight: replicas"),
     ("gradient_scaled_by_ranks", "tensor", "step 1: gradient of embedding.word.weight is off by"),
     ("bias_on_every_rank", "tensor", "step 2: gradient of block.layers."),
     ("loss_divided_by_local_tokens", "replicas", "loss is off by"),

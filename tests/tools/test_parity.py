@@ -79,6 +79,13 @@ def test_the_structure_of_a_large_model_stays():
     assert (small.train.recompute, small.train.precision, small.optimizer.eps) == ("full", "fp64", 1e-8)
 
 
+def test_a_window_stays_shorter_than_the_sequence():
+    words = ["model=qwen3_8b", "world_size=2"]
+    assert scale_down(resolved(*words)).model.sliding_window is None
+    small = scale_down(resolved(*words, "model.sliding_window=4096"))
+    assert (small.model.sliding_window, small.seq_length, small.model.qk_norm) == (8, 16, True)
+
+
 def test_accumulation_stays_where_it_was():
     words = ["model=tiny", "world_size=4", "train.global_batch_size=64"]
     assert scale_down(resolved(*words)).accumulation_steps == 1
