@@ -18,9 +18,9 @@ PAIR_SUFFIXES = (".bin", ".idx")
 
 def publish(temporary: Path, target: Path) -> None:
     """Renames a finished file to its name once its bytes are on disk, so that a crash leaves no part of it."""
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -52,12 +52,13 @@ def temporary_directory(beside: Path) -> Iterator[Path]:
 def publish_directory(temporary: Path, target: Path) -> None:
     """Renames a finished directory to its name once the bytes of all files in it are on disk."""
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        sync(path)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Puts the bytes of a file, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

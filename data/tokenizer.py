@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Protocol
 
 import tiktoken
 
@@ -23,18 +22,6 @@ SPLIT_PATTERN = (
 """Cuts text into pieces that no token crosses; the one Llama 3's `.tiktoken` file is published with."""
 _BLANKS = re.compile(r"\s{100000}")
 _BYTES = [bytes([value]) for value in range(256)]
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back, as the classes below and in data/hugging_face_tokenizer.py do it."""
-
-    name: str
-    vocab_size: int
-    end_of_document: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class TiktokenTokenizer:
@@ -66,6 +53,10 @@ class TiktokenTokenizer:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError):
             return "\N{REPLACEMENT CHARACTER}".encode()
+
+
+Tokenizer = TiktokenTokenizer | HuggingFaceTokenizer
+"""Both have a name, a vocab_size and an end_of_document, and the same methods."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:

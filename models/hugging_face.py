@@ -5,6 +5,7 @@ Free of torch, so that a configuration is checked at once.
 
 import itertools
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ class Family:
     def config_json(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model without obstacles."""
         values = resolved(model)
-        written = {"architectures": [self.architecture], "model_type": self.model_type, **self.requirements}
+        written: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for ours, theirs, _, words in self.settings:
             value = values[ours]
             written[theirs] = next(word for word, known in words.items() if known == value) if words else value
@@ -138,6 +139,13 @@ class HuggingFaceDirectory(NamedTuple):
     config: dict[str, Any]
     model: ModelConfig
     files: list[Path]
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Copies what accompanies the weights from one directory to another."""
+    for name in OTHER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def resolved(model: ModelConfig) -> dict[str, Any]:

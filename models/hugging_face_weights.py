@@ -31,17 +31,14 @@ class HuggingFaceWeights:
         rules = family.tensor_rules(shapes, directory.model.num_layers, self.base)
         self._rules = {name: rule for rule in rules for name in rule.ours}
         problems = [problem for rule in rules for problem in self._problems(rule)]
-        unknown = sorted(self._files.keys() - {rule.theirs for rule in rules})
-        (head,) = family.tensor_rules([HEAD], 1, self.base)
-        self.repeats_head = head.theirs in unknown
+        (head,) = (rule.theirs for rule in family.tensor_rules([HEAD], 1, self.base))
+        self.repeats_head = HEAD not in shapes and head in self._files
         """Whether the output head is stored though it is tied to the embedding."""
-        if self.repeats_head and not problems:
-            unknown.remove(head.theirs)
-            stored = self._files[head.theirs].get_tensor(head.theirs)
-            if not torch.equal(stored, self[WORDS]):
-                problems.append(f"{head.theirs} differs from the embedding that tie_word_embeddings says it is")
-        ignored = [name for name in unknown if re.fullmatch(family.ignored, name.removeprefix(self.base))]
-        problems += [f"{name} is unknown" for name in unknown if name not in ignored]
+        unknown = sorted(self._files.keys() - {rule.theirs for rule in rules} - {head})
+        ignored = re.compile(family.ignored)
+        problems += [f"{name} is unknown" for name in unknown if not ignored.fullmatch(name.removeprefix(self.base))]
+        if self.repeats_head and not problems and not torch.equal(self._files[head].get_tensor(head), self[WORDS]):
+            problems.append(f"{head} differs from the embedding that tie_word_embeddings says it is")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise HuggingFaceError(f"{directory.path}: {'; '.join(problems[:5])}{more}")

@@ -4,12 +4,11 @@ import argparse
 import json
 import math
 import re
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -20,19 +19,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 DTYPES |= {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-class Stored(NamedTuple):
-    """A tensor as it is to be written."""
-
-    rule: "TensorRule"
-    dtype: "torch.dtype"
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,28 +66,34 @@ def run(arguments: argparse.Namespace) -> int:
         rules = family.tensor_rules(entries, config.model.num_layers, base)
         if origin.get("repeats_head"):
             rules += [rule._replace(ours=(WORDS,)) for rule in family.tensor_rules([HEAD], 1, base)]
-        shapes = {name: entry.shape for name, entry in entries.items()}
-        dtypes = {name: TORCH_DTYPES[DTYPES.get(arguments.dtype, entry.dtype)] for name, entry in entries.items()}
-        stored = [Stored(rule, dtypes[rule.ours[0]], rule.shape(shapes)) for rule in rules]
 
         def load(name: str) -> torch.Tensor:
-            value = torch.empty(shapes[name], dtype=TORCH_DTYPES[entries[name].dtype])
+            value = torch.empty(entries[name].shape, dtype=TORCH_DTYPES[entries[name].dtype])
             load_checkpoint(path, manifest, {f"model.{name}": value})
             return value
 
-        _write_weights(folder, stored, arguments.max_shard_size, load)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        dtypes = {rule: TORCH_DTYPES[DTYPES.get(arguments.dtype, entries[rule.ours[0]].dtype)] for rule in rules}
+        write_weights(
+            folder, {rule: (dtypes[rule], rule.shape(shapes)) for rule in rules}, arguments.max_shard_size, load
+        )
         end = _write_tokenizer(arguments.run_dir, config, folder)
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end)
         described = origin.get("config") or family.config_json(config.model) | ids
         if arguments.dtype or not origin:
-            described["dtype" if "dtype" in described else "torch_dtype"] = str(stored[0].dtype).removeprefix("torch.")
+            described["dtype" if "dtype" in described else "torch_dtype"] = str(dtypes[rules[0]]).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         publish_directory(folder, output)
     print(f"wrote {output}: {family.architecture} of {path}")
     return 0
 
 
-def _write_weights(folder: Path, stored: list[Stored], limit: int, load: Callable[[str], "torch.Tensor"]) -> None:
+def write_weights(
+    folder: Path,
+    layout: "Mapping[TensorRule, tuple[torch.dtype, tuple[int, ...]]]",
+    limit: int,
+    load: Callable[[str], "torch.Tensor"],
+) -> None:
     """Writes safetensors files of at most `limit` bytes, or one tensor, and their index where there are several."""
     import torch
 
@@ -109,28 +101,27 @@ def _write_weights(folder: Path, stored: list[Stored], limit: int, load: Callabl
     from training.checkpoint_storage import safetensors_layout
     from training.errors import ConfigError
 
-    shards: list[list[Stored]] = [[]]
-    for tensor in stored:
-        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > limit:
+    sizes = {rule: math.prod(shape) * dtype.itemsize for rule, (dtype, shape) in layout.items()}
+    shards: list[list[TensorRule]] = [[]]
+    # Widest numbers first: then each tensor starts at a multiple of its own item size.
+    for rule in sorted(layout, key=lambda rule: -layout[rule][0].itemsize):
+        if shards[-1] and sum(map(sizes.__getitem__, shards[-1])) + sizes[rule] > limit:
             shards.append([])
-        shards[-1].append(tensor)
+        shards[-1].append(rule)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        # Widest numbers first: then each tensor starts at a multiple of its own item size.
-        shard.sort(key=lambda tensor: tensor.dtype.itemsize, reverse=True)
-        _, header, _ = safetensors_layout([(rule.theirs, dtype, shape) for rule, dtype, shape in shard])
+        weight_map |= {rule.theirs: name for rule in shard}
         with (folder / name).open("xb") as file:
-            file.write(header)
-            for rule, dtype, _ in shard:
-                value = join(rule, [load(ours) for ours in rule.ours])
-                narrowed = value.to(dtype)
-                if not narrowed.isfinite().all() and value.isfinite().all():
-                    raise ConfigError(f"{rule.theirs} holds numbers beyond {dtype}; choose another --dtype")
-                file.write(narrowed.reshape(-1).view(torch.uint8).numpy().data)
-        weight_map |= {tensor.rule.theirs: name for tensor in shard}
+            file.write(safetensors_layout([(rule.theirs, *layout[rule]) for rule in shard])[1])
+            for rule in shard:
+                wide = join(rule, [load(ours) for ours in rule.ours])
+                value = wide.to(layout[rule][0])
+                if not value.isfinite().all() and wide.isfinite().all():
+                    raise ConfigError(f"{rule.theirs} holds numbers beyond {value.dtype}; choose another --dtype")
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.size for tensor in stored)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
@@ -140,12 +131,10 @@ def _write_tokenizer(run_dir: Path, config: "RunConfig", folder: Path) -> int | 
     from data.hugging_face_tokenizer import tokenizer_json
     from data.tokenizer import END_OF_DOCUMENT, TiktokenTokenizer, load_tokenizer
     from data.vocabulary import tokenizer_files
-    from models.hugging_face import OTHER_FILES
+    from models.hugging_face import copy_others
     from training.run_directory import RunDirectory
 
-    for name in OTHER_FILES:
-        if (run_dir / name).is_file():
-            shutil.copyfile(run_dir / name, folder / name)
+    copy_others(run_dir, folder)
     try:
         tokenizer = load_tokenizer(RunDirectory(run_dir).tokenizer(config.data, config.out_dir))
     except (CorruptDataError, DataPathError, TokenizerError) as error:

@@ -1,15 +1,9 @@
 """`kilotron import`: a Hugging Face model as a run directory that holds a checkpoint of step 0."""
 
 import argparse
-import shutil
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from core.config import ModelConfig
-    from training.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,50 +19,36 @@ def run(arguments: argparse.Namespace) -> int:
     from data.files import publish_directory, temporary_directory
     from models.families import open_directory
     from models.gpt import build_meta_model
-    from models.hugging_face import OTHER_FILES
+    from models.hugging_face import copy_others
     from models.hugging_face_weights import HuggingFaceWeights
     from parallel.process_group import process_group
     from parallel.sharding import logical_shapes
     from training.checkpoint import save_checkpoint
-    from training.run_directory import KEPT_TOKENIZERS, RunDirectory
+    from training.checks import check_choices, check_ranges, check_relations
+    from training.config import RunConfig
+    from training.errors import ConfigError
+    from training.run_directory import RunDirectory
 
     source, output = open_directory(arguments.source), arguments.output
-    config = _checked(source.model, output)
+    config = RunConfig(name=output.name, out_dir=str(output.parent), model=source.model)
+    problems = [*check_ranges(config), *check_choices(config)] or list(check_relations(config))
+    problems += [f"{output} is there already; name a new directory"] if output.exists() else []
+    if problems:
+        raise ConfigError(*problems)
     shapes = logical_shapes(build_meta_model(config.model, torch.float32))
     weights = HuggingFaceWeights(source, shapes)
     origin = {"config": source.config, "base": weights.base, "repeats_head": weights.repeats_head}
     state = {"consumed_samples": 0, "consumed_tokens": 0, "config": asdict(config), "data": {}, "hugging_face": origin}
-    companions = [file for name in OTHER_FILES if (file := source.path / name).is_file()]
     with temporary_directory(beside=output) as folder:
         with process_group(timedelta(minutes=1), {}):
             # Views of mapped files, so that saving them holds one at a time.
             tensors = {f"model.{name}": weights[name] for name in shapes}
             checkpoint = save_checkpoint(folder, 0, tensors, state, keep=1)
-        for file in companions:
-            shutil.copyfile(file, folder / file.name)
+        copy_others(source.path, folder)
         RunDirectory(folder).record_start(config, [])
         publish_directory(folder, output)
     print(f"wrote {output}: {source.family.model_type}, {config.model.parameter_count():,} parameters")
-    if not any((output / name).exists() for name in KEPT_TOKENIZERS):
+    if not (output / "tokenizer.json").exists():
         print(f"{source.path} has no tokenizer.json, so `kilotron generate` has no tokenizer")
-    print(
-        f"next: kilotron generate {output} --prompt ..., or checkpoint.load={output / checkpoint.relative_to(folder)}"
-    )
+    print(f"next: kilotron generate {output} --prompt ..., or checkpoint.load={output}/checkpoints/{checkpoint.name}")
     return 0
-
-
-def _checked(model: "ModelConfig", output: Path) -> "RunConfig":
-    """The configuration of a run of that model. Raises ConfigError where it is not legal or `output` exists."""
-    from parallel.config import ParallelConfig
-    from training.checks import check_choices, check_ranges, check_relations
-    from training.config import RunConfig
-    from training.errors import ConfigError
-
-    if output.exists():
-        raise ConfigError(f"{output} is there already; name a new directory")
-    layout = ParallelConfig(dp_shard=1)
-    config = RunConfig(name=output.name, out_dir=str(output.parent), world_size=1, model=model, parallel=layout)
-    problems = [*check_ranges(config), *check_choices(config)] or list(check_relations(config))
-    if problems:
-        raise ConfigError(*problems)
-    return config

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from data.config import DataConfig
 from data.vocabulary import find_tokenizer, tokenizer_files
+from models.hugging_face import resolved
 from training.config import RunConfig
 from training.errors import ConfigError, RunDirectoryError, StorageError
 
@@ -200,10 +201,7 @@ def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a run must keep to stay the same run; derived values are filled in, so null equals what it stands for."""
-    model = {f"model.{part.name}": getattr(config.model, part.name) for part in fields(config.model)}
-    model["model.ffn_hidden_size"] = config.model.ffn_size
-    model["model.num_query_groups"] = config.model.query_groups
-    model["model.head_dim"] = config.model.head_size
+    model = {f"model.{key}": value for key, value in resolved(config.model).items()}
     data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
     data["data.seq_length"] = config.seq_length
     del data["data.num_workers"]
