@@ -80,13 +80,14 @@ class Family:
         required = {"quantization_config": None, **self.requirements}.items()
         problems = [f"{k}={flat[k]!r}, only {v!r} is supported" for k, v in required if flat.get(k, v) != v]
         for ours, theirs, default, words in self.settings:
-            value = flat.get(theirs, default)
+            value, kind = flat.get(theirs, default), types[ours]
+            positive = type(value) not in (int, float) or value > 0
             if words and isinstance(value, str) and value in words:
                 value = words[value]
-            elif words or not isinstance(value, types[ours] | (int if types[ours] is float else types[ours])):
+            elif words or not isinstance(value, (int, float) if kind is float else kind) or not positive:
                 problems.append(f"{theirs}={value!r}" + (f", only {', '.join(words)} is supported" if words else ""))
                 continue
-            value = float(value) if types[ours] is float else value
+            value = float(value) if kind is float else value
             if settings.setdefault(ours, value) != value:
                 problems.append(f"{theirs}={value!r} where others differ, but model.{ours} is one for all")
         if problems:

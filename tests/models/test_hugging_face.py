@@ -80,6 +80,7 @@ def test_published_configurations_are_the_presets():
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights=False, only True"),
         (GPT2, {"n_layer": "12"}, "n_layer='12'"),
         (GPT2, {"n_embd": None}, "n_embd=None"),
+        (GPT2, {"n_head": 0, "layer_norm_epsilon": float("nan")}, "n_head=0; layer_norm_epsilon=nan"),
         (GPT2, {"quantization_config": {"bits": 4}}, "quantization_config="),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu', only silu"),
         (LLAMA, {"attention_bias": True}, "mlp_bias=False where others differ, but model.bias is one for all"),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +109,15 @@ def test_another_model_is_refused_with_what_to_type(imported, tmp_path):
         resolve(compose([f"checkpoint.load=hf:{tmp_path}/nothing", *words[1:]]), {})
 
 
+def test_a_configuration_is_held_against_a_directory_without_torch(imported, tmp_path):
+    folder, _ = imported
+    words = [f"checkpoint.load=hf:{folder / 'source'}", "data=sample", "data.tokenizer=bytes", f"out_dir={tmp_path}"]
+    code = f"import sys, pretrain_gpt\nsys.argv[1:] = {words}\nprint(pretrain_gpt.run(), 'torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "78 False\n"
+    assert "is of another model: it has num_layers 3 rather than 12" in ended.stderr
+
+
 def test_what_is_wrong_with_the_files_ends_a_start(imported, tmp_path):
     folder, _ = imported
     words = [f"checkpoint.load=hf:{folder / 'source'}", "data=sample", "data.tokenizer=bytes"]
@@ -133,7 +144,7 @@ def test_nothing_is_overwritten_or_left_behind(imported, tmp_path, capsys):
     assert "model.safetensors is damaged" in capsys.readouterr().err
     rewrite(source, num_attention_heads=0)
     assert run("import", source, tmp_path / "run") == 78
-    assert "model.num_attention_heads=0: must be at least 1" in capsys.readouterr().err
+    assert "config.json: num_attention_heads=0" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
