@@ -13,7 +13,7 @@ class HuggingFaceTokenizer:
     special token is ordinary text."""
 
     def __init__(self, name: str) -> None:
-        """Raises TokenizerError where the file `name` is missing or malformed."""
+        """Raises TokenizerError or DataPathError where the file `name` is missing or malformed."""
         from tokenizers import Tokenizer
 
         self.name, vocabulary = name, tokenizer_vocabulary(name)

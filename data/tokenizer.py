@@ -63,7 +63,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `bytes`, a tiktoken encoding by name, a `.tiktoken` file (whose last id ends a document), or a
     tokenizer.json.
 
-    Raises TokenizerError where it is unknown, malformed, or cannot be downloaded.
+    Raises TokenizerError or DataPathError where it is unknown, malformed, or cannot be downloaded.
     """
     if name.endswith(JSON_SUFFIX):
         return HuggingFaceTokenizer(name)

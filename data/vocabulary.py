@@ -71,7 +71,8 @@ def find_tokenizer(config: DataConfig, out_dir: str) -> str:
 
 
 def tokenizer_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of a tokenizer by name or file. Raises TokenizerError where there is none."""
+    """The vocabulary of a tokenizer by name or file. Raises TokenizerError where there is none, DataPathError where a
+    file that should be JSON is not."""
     if name in NAMED_VOCABULARIES:
         return NAMED_VOCABULARIES[name]
     if not is_tokenizer_file(name):
@@ -101,8 +102,8 @@ def is_tokenizer_file(name: str) -> bool:
 def tokenizer_files(name: str) -> dict[str, bytes]:
     """What a tokenizer file is elsewhere: contents by what follows the stem of a file's name.
 
-    Beside a tokenizer.json lies tokenizer_config.json, which names the token that ends a document. Raises
-    TokenizerError.
+    Beside a tokenizer.json lies tokenizer_config.json, which names the token that ends a document. Raises as
+    `tokenizer_vocabulary` does.
     """
     path = Path(name)
     if not name.endswith(JSON_SUFFIX):

@@ -12,7 +12,7 @@ from models.hugging_face import Family, HuggingFaceDirectory, HuggingFaceError, 
 from models.llama import LLAMA
 
 FAMILIES = (GPT2, LLAMA)
-PREFIX = "hf:"
+HUGGING_FACE_PREFIX = "hf:"
 """What a Hugging Face directory is marked with in checkpoint.load."""
 
 

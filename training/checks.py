@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from models.families import PREFIX, open_directory
+from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity, resolved
 from training.config import RunConfig
 from training.settings import closest
@@ -328,7 +328,7 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
     if resume not in ("auto", "never") and not resume.isdecimal():
         guess = closest(resume, ("auto", "never")) or "auto"
         yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
-    if load is not None and load.startswith(PREFIX):
+    if load is not None and load.startswith(HUGGING_FACE_PREFIX):
         yield from _hugging_face_problems(config, load)
     elif load is not None and not Path(load).is_dir():
         near = closest(Path(load).name, _folders(Path(load).parent))
@@ -346,7 +346,10 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
 
 def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
     try:
-        there, here = identity(open_directory(Path(load.removeprefix(PREFIX))).model), resolved(config.model)
+        there, here = (
+            identity(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))).model),
+            resolved(config.model),
+        )
     except HuggingFaceError as error:
         yield f"checkpoint.load={load}: {error}"
         return

@@ -16,7 +16,7 @@ from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
-from models.families import PREFIX, open_directory
+from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError
 from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
@@ -169,11 +169,8 @@ class Trainer:
     def _load_weights(self, load: str) -> None:
         """Take the weights of another run's checkpoint, or of a Hugging Face directory. Raises ConfigError where they
         are of another model."""
-        if load.startswith(PREFIX):
-            # Rank 0 first: what is wrong with the files is then said once, by all ranks alike.
-            on_rank_zero(lambda: self._hugging_face_weights(load) and None)
-            self._hugging_face_weights(load).copy_to(self.parameters)
-            self._note(f"weights from {load}")
+        if load.startswith(HUGGING_FACE_PREFIX):
+            self._load_hugging_face(load)
             return
         path = Path(load)
         manifest = on_rank_zero(lambda: read_manifest(path))
@@ -188,11 +185,20 @@ class Trainer:
         load_checkpoint(path, manifest, weights)
         self._note(f"weights from {path}")
 
-    def _hugging_face_weights(self, load: str) -> HuggingFaceWeights:
-        try:
-            return HuggingFaceWeights(open_directory(Path(load.removeprefix(PREFIX))), self.shapes)
-        except HuggingFaceError as error:
-            raise ConfigError(f"checkpoint.load={load}: {error}") from error
+    def _load_hugging_face(self, load: str) -> None:
+        def opened() -> HuggingFaceWeights:
+            return HuggingFaceWeights(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))), self.shapes)
+
+        def check() -> None:
+            try:
+                opened()
+            except HuggingFaceError as error:
+                raise ConfigError(f"checkpoint.load={load}: {error}") from error
+
+        # Rank 0 first: what is wrong with the files is then said once, by all ranks alike.
+        on_rank_zero(check)
+        opened().copy_to(self.parameters)
+        self._note(f"weights from {load}")
 
     def _init_device(self) -> torch.device:
         kind = self.config.train.init_device or self.device.type

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,25 @@ def test_a_run_starts_from_either_form(imported, tmp_path):
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}_hf", dtype=torch.float64)
         for key, value in model.state_dict().items():
             assert torch.allclose(found.state_dict()[key], value, rtol=0, atol=1e-20), key
+
+
+def test_a_run_over_a_tokenizer_json_keeps_it(imported, tmp_path):
+    shutil.copytree(imported[0] / "source", tmp_path / "source")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the cat number {number}" for number in range(60)))
+    words = ["--document-separator", "\\n\\n", "--tokenizer", tmp_path / "source/tokenizer.json"]
+    assert run("prepare", tmp_path / "text.txt", *words, "--output", tmp_path / "data") == 0
+    words = ["model=tiny", "model.num_layers=1", "data=files", f"data.path={tmp_path}/data", f"out_dir={tmp_path}"]
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    assert pretrain_gpt.main([*words, "train.steps=1", "data.seq_length=8"], environment) == 0
+    originals = {
+        name: (tmp_path / "source" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+    for path in (tmp_path / "source", *tmp_path.glob("data*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run("generate", tmp_path / "run", "--prompt", "the", "--max-new-tokens", 3) == 0
+    assert run("export", tmp_path / "run", tmp_path / "hf") == 0
+    assert originals == {name: (tmp_path / "hf" / name).read_bytes() for name in originals}
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 0
 
 
 def test_another_model_is_refused_with_what_to_type(imported, tmp_path):
