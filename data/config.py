@@ -18,8 +18,8 @@ class DataConfig:
     split: list[float] = field(default_factory=lambda: [98.0, 1.0, 1.0])
     """Shares of the documents for training, validation and test."""
     tokenizer: str | None = None
-    """`bytes`, a tiktoken encoding (gpt2, cl100k_base, o200k_base) or a `.tiktoken` file; null: the one the data was
-    prepared with."""
+    """`bytes`, a tiktoken encoding (gpt2, cl100k_base, o200k_base), a `.tiktoken` file or a tokenizer.json; null: the
+    one the data was prepared with."""
     seq_length: int | None = field(default=None, metadata={"min": 1})
     """Tokens the model sees of a sample; null: model.max_position_embeddings."""
     num_workers: int = field(default=1, metadata={"min": 0})

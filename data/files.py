@@ -2,12 +2,14 @@
 
 import difflib
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.errors import CorruptDataError, DataPathError
 
@@ -16,14 +18,9 @@ PAIR_SUFFIXES = (".bin", ".idx")
 
 def publish(temporary: Path, target: Path) -> None:
     """Renames a finished file to its name once its bytes are on disk, so that a crash leaves no part of it."""
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
+    sync(temporary)
     temporary.replace(target)
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(target.parent)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -50,6 +47,36 @@ def temporary_directory(beside: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def publish_directory(temporary: Path, target: Path) -> None:
+    """Renames a finished directory to its name once the bytes of all files in it are on disk."""
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    temporary.rename(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Puts the bytes of a file, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataPathError where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataPathError(f"{path} cannot be read: {error.strerror}") from error
+    except (RecursionError, ValueError) as error:
+        raise DataPathError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataPathError(f"{path} holds no JSON object")
+    return content
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,7 @@ class Metadata:
     """What `kilotron prepare` knew about the data."""
 
     tokenizer: str
-    """A name that data.tokenizer takes, or the name of a `.tiktoken` file in the same folder."""
+    """A name that data.tokenizer takes, or the name of a file in the same folder."""
     vocab_size: int
     end_of_document: int
     """Token id that ends each document."""
@@ -27,7 +27,7 @@ class Metadata:
     sha256: dict[str, str]
     """SHA-256 of the `.bin` and the `.idx`, by suffix."""
     tokenizer_sha256: str | None
-    """SHA-256 of the `.tiktoken` file, where the tokenizer is one."""
+    """SHA-256 of the tokenizer's file, where it is one."""
 
     def write(self, prefix: str | Path) -> None:
         """Writes `<prefix>.meta.json` atomically."""

@@ -1,18 +1,18 @@
 """Documents to a shuffled `.bin`/`.idx` pair that is whole or absent."""
 
-import shutil
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.documents import read_documents
 from data.errors import CorruptDataError
-from data.files import publish, sha256_of, temporary_directory
+from data.files import publish, sha256_of, temporary_directory, write_whole
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from data.metadata import Metadata
 from data.permutation import KeyedPermutation, derive_key
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.vocabulary import TIKTOKEN_SUFFIX
+from data.vocabulary import JSON_SUFFIX, is_tokenizer_file, tokenizer_files
 
 _BATCH_CHARACTERS = 1 << 22
 
@@ -107,10 +107,13 @@ def _publish(folder: Path, prefix: Path, tokenizer: Tokenizer, counted: IndexedD
     """Moves everything to its name, the `.idx` last: without it nothing counts as prepared."""
     staged = folder / "shuffled"
     tokenizer_name, digest = tokenizer.name, None
-    if tokenizer.name.endswith(TIKTOKEN_SUFFIX):
+    kept: dict[Path, bytes] = {}
+    if is_tokenizer_file(tokenizer.name):
         # the data must be able to move together with its tokenizer
-        shutil.copyfile(tokenizer.name, f"{staged}{TIKTOKEN_SUFFIX}")
-        tokenizer_name, digest = f"{prefix.name}{TIKTOKEN_SUFFIX}", sha256_of(Path(tokenizer.name))
+        stem = f"{prefix}.tokenizer" if tokenizer.name.endswith(JSON_SUFFIX) else str(prefix)
+        kept = {Path(stem + ending): content for ending, content in tokenizer_files(tokenizer.name).items()}
+        copy = next(iter(kept))
+        tokenizer_name, digest = copy.name, hashlib.sha256(kept[copy]).hexdigest()
     metadata = Metadata(
         tokenizer=tokenizer_name,
         vocab_size=tokenizer.vocab_size,
@@ -122,8 +125,8 @@ def _publish(folder: Path, prefix: Path, tokenizer: Tokenizer, counted: IndexedD
         tokenizer_sha256=digest,
     )
     Path(f"{prefix}.idx").unlink(missing_ok=True)
-    if digest is not None:
-        publish(Path(f"{staged}{TIKTOKEN_SUFFIX}"), Path(f"{prefix}{TIKTOKEN_SUFFIX}"))
+    for path, content in kept.items():
+        write_whole(path, content)
     metadata.write(prefix)
     for suffix in ("bin", "idx"):
         publish(Path(f"{staged}.{suffix}"), Path(f"{prefix}.{suffix}"))

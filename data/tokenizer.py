@@ -11,7 +11,8 @@ import tiktoken
 
 from data.errors import TokenizerError
 from data.files import write_whole
-from data.vocabulary import TIKTOKEN_SUFFIX, tokenizer_vocabulary
+from data.hugging_face_tokenizer import HuggingFaceTokenizer, byte_level_alphabet
+from data.vocabulary import JSON_SUFFIX, TIKTOKEN_SUFFIX, tokenizer_vocabulary
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SPLIT_PATTERN = (
@@ -23,24 +24,24 @@ _BLANKS = re.compile(r"\s{100000}")
 _BYTES = [bytes([value]) for value in range(256)]
 
 
-class Tokenizer:
-    """Text to token ids and back. Text that looks like a special token is ordinary text."""
+class TiktokenTokenizer:
+    """A tiktoken encoding. Text that looks like a special token is ordinary text."""
 
     def __init__(self, name: str, encoding: tiktoken.Encoding) -> None:
         """`encoding` has an `<|endoftext|>`."""
         self.name = name
         self.vocab_size: int = encoding.n_vocab
         self.end_of_document: int = encoding.eot_token
-        self._encoding = encoding
+        self.encoding = encoding
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token."""
-        return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
+        return [token for piece in _pieces(text) for token in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, encoded in threads."""
         pieces = [_pieces(text) for text in texts]
-        encoded = iter(self._encoding.encode_ordinary_batch(list(chain.from_iterable(pieces))))
+        encoded = iter(self.encoding.encode_ordinary_batch(list(chain.from_iterable(pieces))))
         return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -49,23 +50,30 @@ class Tokenizer:
 
     def _bytes_of(self, token: int) -> bytes:
         try:
-            return self._encoding.decode_single_token_bytes(token)
+            return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError):
             return "\N{REPLACEMENT CHARACTER}".encode()
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `bytes`, a tiktoken encoding by name, or a `.tiktoken` file (whose last id ends a document).
+Tokenizer = TiktokenTokenizer | HuggingFaceTokenizer
+"""Both have a name, a vocab_size and an end_of_document, and the same methods."""
 
-    Raises TokenizerError where it is unknown, malformed, or cannot be downloaded.
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer `bytes`, a tiktoken encoding by name, a `.tiktoken` file (whose last id ends a document), or a
+    tokenizer.json.
+
+    Raises TokenizerError or DataPathError where it is unknown, malformed, or cannot be downloaded.
     """
+    if name.endswith(JSON_SUFFIX):
+        return HuggingFaceTokenizer(name)
     vocabulary = tokenizer_vocabulary(name)
     if name == "bytes":
-        return Tokenizer(name, _encoding(name, r"[\s\S]", _BYTES))
+        return TiktokenTokenizer(name, _encoding(name, r"[\s\S]", _BYTES))
     if name.endswith(TIKTOKEN_SUFFIX):
-        return Tokenizer(name, _encoding(name, SPLIT_PATTERN, _read_ranks(Path(name))))
+        return TiktokenTokenizer(name, _encoding(name, SPLIT_PATTERN, _read_ranks(Path(name))))
     try:
-        tokenizer = Tokenizer(name, tiktoken.get_encoding(name))
+        tokenizer = TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
         raise TokenizerError(
             f"tiktoken cannot download the vocabulary of {name} ({type(error).__name__}). Without network: use the "
@@ -102,7 +110,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> list[bytes]:
     if reached != vocab_size:
         wanted = f"at most {reached} tokens" if reached < vocab_size else f"at least {reached} tokens"
         raise TokenizerError(f"a vocabulary of {vocab_size} cannot be trained on this text: ask for {wanted}")
-    byte_of = _byte_level_alphabet()
+    byte_of = byte_level_alphabet()
     return _BYTES + [bytes(byte_of[character] for character in name) for name in names if name not in byte_of]
 
 
@@ -148,10 +156,3 @@ def _read_ranks(path: Path) -> list[bytes]:
             f"{path}: {len(missing)} of the 256 single bytes have no token, so some text has no encoding"
         )
     return ordered
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte behind each character of the byte-level alphabet (GPT-2's): printable Latin-1 stands for itself."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}

@@ -1,16 +1,20 @@
 """How many tokens the data has, and which tokenizer they are from: known before anything heavy is imported."""
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataPathError, TokenizerError
-from data.files import require_pair, sha256_of
+from data.files import read_object, require_pair, sha256_of
 from data.locations import sample_prefix
 from data.metadata import Metadata, read_metadata
 
 TIKTOKEN_SUFFIX = ".tiktoken"
+JSON_SUFFIX = ".json"
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+"""Tokens that end a document in a tokenizer.json of which nothing beside it says so."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Vocabulary:
     """The token ids that can occur: 0 to size - 1."""
 
     size: int
-    end_of_document: int | None
+    end_of_document: int
     source: str
     """What says so, for messages."""
 
@@ -51,7 +55,7 @@ def find_vocabulary(config: DataConfig, out_dir: str) -> Vocabulary:
         return Vocabulary(metadata.vocab_size, metadata.end_of_document, f"{config.path}.meta.json")
     vocabulary = tokenizer_vocabulary(config.tokenizer)
     if metadata is not None:
-        _refuse_contradiction(config.tokenizer, config.path, metadata)
+        _refuse_contradiction(config.tokenizer, config.path, metadata, vocabulary)
     return vocabulary
 
 
@@ -60,26 +64,82 @@ def find_tokenizer(config: DataConfig, out_dir: str) -> str:
     if config.tokenizer is not None:
         return config.tokenizer
     if config.path is None:
+        if config.corpus is None:
+            raise DataPathError("the data, and so its tokenizer, is not known")
         return sample_prefix(config, out_dir) + TIKTOKEN_SUFFIX
     return _require_metadata(config.path, read_metadata(config.path)).tokenizer_of(config.path)
 
 
 def tokenizer_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary of a tokenizer by name or `.tiktoken` file. Raises TokenizerError where there is none."""
+    """The vocabulary of a tokenizer by name or file. Raises TokenizerError where there is none, DataPathError where a
+    file that should be JSON is not."""
     if name in NAMED_VOCABULARIES:
         return NAMED_VOCABULARIES[name]
-    if not name.endswith(TIKTOKEN_SUFFIX):
+    if not is_tokenizer_file(name):
         nearest = difflib.get_close_matches(name, NAMED_VOCABULARIES, n=1, cutoff=0.0)[0]
         known = ", ".join(NAMED_VOCABULARIES)
-        raise TokenizerError(f"no tokenizer {name!r}; did you mean {nearest}? known: {known}, or a .tiktoken file")
+        raise TokenizerError(
+            f"no tokenizer {name!r}; did you mean {nearest}? known: {known}, or a file (.tiktoken, tokenizer.json)"
+        )
     path = Path(name)
     if not path.is_file():
-        present = sorted(str(file) for file in path.parent.glob(f"*{TIKTOKEN_SUFFIX}"))
+        present = sorted(str(file) for file in path.parent.glob(f"*{path.suffix}"))
         matches = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
         advice = f"nearest: {matches[0]}" if matches else "`kilotron train-tokenizer` makes one"
         raise TokenizerError(f"no tokenizer file {name}; {advice}")
+    if name.endswith(JSON_SUFFIX):
+        tokens, end = _read_tokenizer_json(path)
+        return Vocabulary(max(tokens.values()) + 1, tokens[end], f"tokenizer {name}")
     ranks = sum(1 for line in path.read_bytes().splitlines() if line)
     return Vocabulary(ranks + 1, ranks, f"tokenizer {name}")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a tokenizer is named by its file."""
+    return name.endswith((TIKTOKEN_SUFFIX, JSON_SUFFIX))
+
+
+def tokenizer_files(name: str) -> dict[str, bytes]:
+    """What a tokenizer file is elsewhere: contents by what follows the stem of a file's name.
+
+    Beside a tokenizer.json lies tokenizer_config.json, which names the token that ends a document. Raises as
+    `tokenizer_vocabulary` does.
+    """
+    path = Path(name)
+    if not name.endswith(JSON_SUFFIX):
+        return {path.suffix: path.read_bytes()}
+    _, end = _read_tokenizer_json(path)
+    companion = _companion(path)
+    config = read_object(companion) if companion.is_file() else {}
+    told = companion.read_bytes() if config.get("eos_token") else json.dumps({**config, "eos_token": end}).encode()
+    return {JSON_SUFFIX: path.read_bytes(), f"_config{JSON_SUFFIX}": told}
+
+
+def _companion(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_config{JSON_SUFFIX}")
+
+
+def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], str]:
+    """The id of every token, and the token that ends a document."""
+    content = read_object(path)
+    try:
+        learned = content["model"]["vocab"]
+        tokens = dict(learned) if isinstance(learned, dict) else {pair[0]: place for place, pair in enumerate(learned)}
+        tokens |= {added["content"]: added["id"] for added in content.get("added_tokens") or []}
+        if not tokens or not all(type(number) is int and number >= 0 for number in tokens.values()):
+            raise ValueError("ids are not whole numbers")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path} is no tokenizer.json: {error!r}") from error
+    companions = [file for file in (_companion(path), path.with_name("special_tokens_map.json")) if file.is_file()]
+    told = [read_object(file).get("eos_token") for file in companions]
+    ends = [str(end.get("content") if isinstance(end, dict) else end) for end in told if end]
+    found = next((end for end in ends or ENDS if end in tokens), None)
+    if found is None:
+        raise TokenizerError(
+            f"{path}: the token that ends a document is not in it ({', '.join(ends or ENDS)}); "
+            f'name it as {{"eos_token": "..."}} in {_companion(path)}'
+        )
+    return tokens, found
 
 
 def _require_metadata(path: str, metadata: Metadata | None) -> Metadata:
@@ -91,9 +151,10 @@ def _require_metadata(path: str, metadata: Metadata | None) -> Metadata:
     return metadata
 
 
-def _refuse_contradiction(tokenizer: str, path: str, metadata: Metadata) -> None:
-    digest = sha256_of(Path(tokenizer)) if tokenizer.endswith(TIKTOKEN_SUFFIX) else None
-    if digest != metadata.tokenizer_sha256 or (digest is None and tokenizer != metadata.tokenizer):
+def _refuse_contradiction(tokenizer: str, path: str, metadata: Metadata, vocabulary: Vocabulary) -> None:
+    digest = sha256_of(Path(tokenizer)) if is_tokenizer_file(tokenizer) else None
+    same = digest == metadata.tokenizer_sha256 and vocabulary.end_of_document == metadata.end_of_document
+    if not same or (digest is None and tokenizer != metadata.tokenizer):
         raise TokenizerError(
             f"data.tokenizer={tokenizer}, but {path} was prepared with {metadata.tokenizer_of(path)}: leave "
             f"data.tokenizer out, or prepare the text again with `--tokenizer {tokenizer}`"

@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "describe": "say how large a model is, what a token costs and what training it holds",
         "layouts": "list the ways to divide a model over ranks",
         "parity": "hold a layout against one process, scaled down to this machine",
+        "import": "make a run directory of a Hugging Face model",
+        "export": "write a run's model as a Hugging Face directory",
     }
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
         # only the tool that runs is imported, so that --help answers at once
         if words[:1] == [name]:
-            tool = importlib.import_module(f"tools.{name.replace('-', '_')}")
+            tool = importlib.import_module(f"tools.{'import_model' if name == 'import' else name.replace('-', '_')}")
             tool.add_arguments(command)
             command.set_defaults(run=tool.run)
     parsed = parser.parse_args(words)

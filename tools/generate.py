@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from models.gpt import GPTModel
     from training.config import RunConfig
+    from training.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation. Raises ConfigError, StorageError or TokenizerError."""
     from data.tokenizer import load_tokenizer
-    from data.vocabulary import find_tokenizer
     from models.generation import Sampling, generate
     from training.errors import ConfigError
-    from training.run_directory import KEPT_TOKENIZER
+    from training.run_directory import RunDirectory
 
     _check(arguments)
     config, model, origin = load_model(arguments.run_dir, arguments.step)
-    kept = arguments.run_dir / KEPT_TOKENIZER
-    tokenizer = load_tokenizer(str(kept) if kept.exists() else find_tokenizer(config.data, config.out_dir))
+    tokenizer = load_tokenizer(RunDirectory(arguments.run_dir).tokenizer(config.data, config.out_dir))
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_document]
     room = config.model.max_position_embeddings - len(prompt)
     if room < 1:
@@ -54,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     tokens = list(generate(model, prompt, new_tokens, sampling, tokenizer.end_of_document))
     print(f"--- {origin}, {len(tokens)} new tokens ---", file=sys.stderr, flush=True)
-    print(arguments.prompt + tokenizer.decode(tokens))
+    # Some tokenizers write a space before a word only where another precedes it.
+    print(arguments.prompt + tokenizer.decode([*prompt, *tokens]).removeprefix(tokenizer.decode(prompt)))
     return 0
 
 
@@ -67,21 +67,28 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
 
     from models.gpt import build_meta_model
     from parallel.process_group import process_group
-    from training.checkpoint import choose_checkpoint, load_checkpoint
-    from training.errors import ConfigError
+    from training.checkpoint import load_checkpoint
     from training.run_directory import restore_config
 
     # An empty environment: whatever launcher started this, it stays alone.
     with process_group(timedelta(minutes=1), {}) as process:
-        chosen = choose_checkpoint(run_dir, step, "auto")
-        if chosen is None:
-            raise ConfigError(_no_checkpoint(run_dir))
-        path, manifest = chosen
+        path, manifest = choose_run(run_dir, step)
         config = restore_config(manifest.state["config"])
         model = build_meta_model(config.model, torch.float32)
         model.to_empty(device=process.device)
         load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return config, model.eval(), path
+
+
+def choose_run(run_dir: Path, step: str) -> "tuple[Path, Manifest]":
+    """The newest valid checkpoint of a run, or that of a step. Collective. Raises ConfigError or StorageError."""
+    from training.checkpoint import choose_checkpoint
+    from training.errors import ConfigError
+
+    chosen = choose_checkpoint(run_dir, step, "auto")
+    if chosen is None:
+        raise ConfigError(_no_checkpoint(run_dir))
+    return chosen
 
 
 def _no_checkpoint(run_dir: Path) -> str:

@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `kilotron prepare`."""
     add_input_arguments(parser)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="where PREFIX.bin, .idx and .meta.json go")
-    parser.add_argument("--tokenizer", required=True, help="bytes, gpt2, cl100k_base, o200k_base or a .tiktoken file")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="bytes, gpt2, cl100k_base, o200k_base, a .tiktoken file or a tokenizer.json",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the order of the documents (default: %(default)s)")
 
 

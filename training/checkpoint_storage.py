@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from data.files import sync
 from training.errors import StorageError
 from training.manifest import DTYPES, MANIFEST_NAME, Chunk, FileEntry, Manifest, TensorEntry, encode_manifest
 
@@ -167,12 +168,12 @@ class CheckpointWriter(StorageWriter):
         }
         manifest = encode_manifest(Manifest(self._step, self._state, files, tensors))
         _write_durably(self._temporary / MANIFEST_NAME, manifest)
-        _sync_directory(self._temporary)
+        sync(self._temporary)
         self._make_visible()
         latest = self._directory / f"latest{TEMPORARY}{secrets.token_hex(4)}"
         _write_durably(latest, f"{self.target.name}\n".encode())
         latest.rename(self._directory / "latest")
-        _sync_directory(self._directory)
+        sync(self._directory)
         self._remove_others()
 
     def _make_visible(self) -> None:
@@ -180,8 +181,8 @@ class CheckpointWriter(StorageWriter):
         if self.target.exists():
             self.target.rename(replaced)
         self._temporary.rename(self.target)
-        _sync_directory(self._directory)
-        _sync_directory(self._directory.parent)
+        sync(self._directory)
+        sync(self._directory.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _remove_others(self) -> None:
@@ -347,11 +348,3 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from models.families import HUGGING_FACE_PREFIX, open_directory
+from models.hugging_face import HuggingFaceError, identity, resolved
 from training.config import RunConfig
 from training.parameter_groups import parse_group
 from training.settings import closest
@@ -359,7 +361,9 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
     if resume not in ("auto", "never") and not resume.isdecimal():
         guess = closest(resume, ("auto", "never")) or "auto"
         yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
-    if load is not None and not Path(load).is_dir():
+    if load is not None and load.startswith(HUGGING_FACE_PREFIX):
+        yield from _hugging_face_problems(config, load)
+    elif load is not None and not Path(load).is_dir():
         near = closest(Path(load).name, _folders(Path(load).parent))
         advice = (
             f"nearest: {Path(load).parent / near}"
@@ -371,6 +375,23 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
         steps = sorted(Path(load).glob("**/step_*[0-9]"))
         advice = f"try {steps[-1]}" if steps else "it is a directory like RUN_DIR/checkpoints/step_00000100"
         yield f"checkpoint.load={load} is no checkpoint; {advice}"
+
+
+def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
+    try:
+        there, here = (
+            identity(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))).model),
+            resolved(config.model),
+        )
+    except HuggingFaceError as error:
+        yield f"checkpoint.load={load}: {error}"
+        return
+    unknown = {"vocab_size"} if here["vocab_size"] is None else set()
+    other = {key: value for key, value in there.items() if here[key] != value and key not in unknown}
+    if other:
+        found = ", ".join(f"{key} {show(value)} rather than {show(here[key])}" for key, value in other.items())
+        words = " ".join(f"model.{key}={show(value)}" for key, value in other.items())
+        yield f"checkpoint.load={load} is of another model: it has {found}; what fits: {words}"
 
 
 def _folders(parent: Path) -> list[str]:

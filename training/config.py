@@ -113,7 +113,7 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto` continues from the newest valid checkpoint, a step number from that one; `never` only starts anew."""
     load: str | None = None
-    """A checkpoint directory whose weights a new run starts from."""
+    """Whose weights a new run starts from: a checkpoint directory, or `hf:DIR` for a Hugging Face one."""
     verify: str = field(default="auto", metadata={"choices": ("auto", "full", "sizes", "off")})
     """What is checked before loading: `full` hashes every file, `sizes` compares lengths; auto: full up to 50 GB."""
 

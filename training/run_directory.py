@@ -18,11 +18,14 @@ from typing import IO, Any, Literal, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
+from data.config import DataConfig
+from data.vocabulary import find_tokenizer, tokenizer_files
+from models.hugging_face import resolved
 from training.config import RunConfig
 from training.errors import ConfigError, RunDirectoryError, StorageError
 
-KEPT_TOKENIZER = "tokenizer.tiktoken"
-"""Copy of the data's `.tiktoken` file in the run directory, so that the run can be moved and read anywhere."""
+KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
+"""Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
 
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
@@ -103,9 +106,16 @@ class RunDirectory:
         write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
         (self.path / LOGS).mkdir(exist_ok=True)
 
-    def keep_tokenizer(self, tokenizer: Path) -> None:
+    def keep_tokenizer(self, tokenizer: str) -> None:
         """Copies the data's tokenizer file here. Raises StorageError."""
-        write_atomically(self.path / KEPT_TOKENIZER, tokenizer.read_bytes())
+        for ending, content in tokenizer_files(tokenizer).items():
+            write_atomically(self.path / f"tokenizer{ending}", content)
+
+    def tokenizer(self, data: DataConfig, out_dir: str) -> str:
+        """The tokenizer as `load_tokenizer` takes it: the file kept here, else the one of the data. Raises
+        DataPathError or CorruptDataError."""
+        kept = [self.path / name for name in KEPT_TOKENIZERS if (self.path / name).is_file()]
+        return str(kept[0]) if kept else find_tokenizer(data, out_dir)
 
     def saved_config(self) -> dict[str, Any] | None:
         """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
@@ -195,10 +205,7 @@ def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a run must keep to stay the same run; derived values are filled in, so null equals what it stands for."""
-    model = {f"model.{part.name}": getattr(config.model, part.name) for part in fields(config.model)}
-    model["model.ffn_hidden_size"] = config.model.ffn_size
-    model["model.num_query_groups"] = config.model.query_groups
-    model["model.head_dim"] = config.model.head_size
+    model = {f"model.{key}": value for key, value in resolved(config.model).items()}
     data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
     data["data.seq_length"] = config.seq_length
     del data["data.num_workers"]

@@ -1,6 +1,7 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,7 +15,10 @@ from data.batches import BatchReader, MicroBatch
 from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
-from data.vocabulary import TIKTOKEN_SUFFIX, find_tokenizer
+from data.vocabulary import find_tokenizer, is_tokenizer_file
+from models.families import HUGGING_FACE_PREFIX, open_directory
+from models.hugging_face import HuggingFaceError
+from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero
@@ -139,8 +143,8 @@ class Trainer:
         splits = open_all()
         if self.recorder:
             tokenizer = find_tokenizer(config.data, config.out_dir)
-            if tokenizer.endswith(TIKTOKEN_SUFFIX):
-                self.recorder.directory.keep_tokenizer(Path(tokenizer))
+            if is_tokenizer_file(tokenizer):
+                self.recorder.directory.keep_tokenizer(tokenizer)
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
@@ -174,16 +178,21 @@ class Trainer:
             self.consumed_samples = manifest.state["consumed_samples"]
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
-            self._load_weights(Path(config.checkpoint.load))
+            self._load_weights(config.checkpoint.load)
         if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
             self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
 
-    def _load_weights(self, path: Path) -> None:
-        """Take the weights of another run's checkpoint. Raises ConfigError where they are of another model."""
+    def _load_weights(self, load: str) -> None:
+        """Take the weights of another run's checkpoint, or of a Hugging Face directory. Raises ConfigError where they
+        are of another model."""
+        if load.startswith(HUGGING_FACE_PREFIX):
+            self._load_hugging_face(load)
+            return
+        path = Path(load)
         manifest = on_rank_zero(lambda: read_manifest(path))
         on_rank_zero(lambda: verify(path, manifest, self.config.checkpoint.verify))
         differences = difference(manifest.state["config"], asdict(self.config))
-        of_model = [line for line in differences if line.startswith("model.")]
+        of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
         if of_model:
             raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
         weights: dict[str, torch.Tensor] = {
@@ -191,6 +200,21 @@ class Trainer:
         }
         load_checkpoint(path, manifest, weights)
         self._note(f"weights from {path}")
+
+    def _load_hugging_face(self, load: str) -> None:
+        def opened() -> HuggingFaceWeights:
+            return HuggingFaceWeights(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))), self.shapes)
+
+        def check() -> None:
+            try:
+                opened()
+            except HuggingFaceError as error:
+                raise ConfigError(f"checkpoint.load={load}: {error}") from error
+
+        # Rank 0 first: what is wrong with the files is then said once, by all ranks alike.
+        on_rank_zero(check)
+        opened().copy_to(self.parameters)
+        self._note(f"weights from {load}")
 
     def _init_device(self) -> torch.device:
         kind = self.config.train.init_device or self.device.type
