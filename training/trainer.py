@@ -27,6 +27,7 @@ from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
+from training.precision import build_loss_scale
 from training.recorder import Recorder
 from training.run_directory import difference
 from training.samples import describe_non_finite, gather_samples
@@ -44,6 +45,7 @@ class Trainer:
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.saved_step = 0
+        self.skipped_step = 0
         self.consumed_samples = 0
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
@@ -52,7 +54,7 @@ class Trainer:
         self.parameter_count = sum(shape.numel() for shape in self.shapes.values())
         self._restore_or_initialize()
         self.train_step = TrainStep(
-            self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device
+            self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device, self.loss_scale
         )
         self.timer = StepTimer()
 
@@ -149,12 +151,15 @@ class Trainer:
             materialize(model, config.seed, self.device, self._init_device())
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_optimizer(model, config.optimizer)
+        self.loss_scale = build_loss_scale(config.train, self.device)
         if chosen is not None:
             path, manifest = chosen
             self._check_same_run(path, manifest.state)
             load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer, self.shapes))
             self.step = self.saved_step = manifest.step
             self.consumed_samples = manifest.state["consumed_samples"]
+            if self.loss_scale and manifest.state.get("loss_scale"):
+                self.loss_scale.restore(manifest.state["loss_scale"])
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
             self._load_weights(Path(config.checkpoint.load))
@@ -203,6 +208,7 @@ class Trainer:
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
+            "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "torch": torch.__version__,
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
@@ -212,11 +218,23 @@ class Trainer:
             self.recorder.running(self.step)
 
     def _check(self, result: StepResult | None) -> None:
-        """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike."""
+        """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike.
+
+        With a loss scale such a step was skipped, and it is an error once the scale is as small as 1.
+        """
         if result is None or all(map(math.isfinite, result.numbers.read())):
             return
+        scale = result.numbers.loss_scale()
+        if scale is not None and scale > 1:
+            if result.step > self.skipped_step:
+                self._note(f"step {result.step} is skipped: float16 overflows at a loss scale of {scale:g}, now halved")
+                self.skipped_step = result.step
+            return
         losses = result.local_losses.tolist()
-        raise NonFiniteError(describe_non_finite(result.step, losses, result.micro_batches, self.mesh))
+        reason = describe_non_finite(result.step, losses, result.micro_batches, self.mesh)
+        if scale is not None:
+            reason = f"float16 overflows even at a loss scale of {scale:g}, try train.precision=bf16; {reason}"
+        raise NonFiniteError(reason)
 
     def _report(self, result: StepResult) -> None:
         config = self.config
@@ -244,6 +262,7 @@ class Trainer:
                 data_ms=data_ms,
                 mfu=None,
                 memory_gb=peak_memory_gb(self.device),
+                loss_scale=result.numbers.loss_scale(),
             )
         )
 
