@@ -96,7 +96,10 @@ class TransformerBlock(nn.Module):
         Only `forward`: the hooks by which FSDP gathers weights stay outside, and may be added afterwards.
         """
         for layer in self.layers.values():
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+            # Selective recomputation has to be in the graph, to choose there what is kept. Full recomputation must not:
+            # torch 2.13 cannot keep the mesh of tensor-parallel parameters for a graph's backward pass.
+            part = "forward" if layer.recompute == "selective" else "_compute"
+            setattr(layer, part, torch.compile(getattr(layer, part)))
 
     def forward(
         self,

@@ -9,8 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.mesh import ParallelMesh
 
-KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
-"""Names of torch's operators in the field's words; others keep their own."""
+KINDS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "all_reduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_out": "reduce_scatter",
+}
+"""Names of torch's operators, those of compiled code last, in the field's words; others keep their own."""
 
 
 class Traffic(TorchDispatchMode):
@@ -32,17 +41,31 @@ class Traffic(TorchDispatchMode):
             if size > 1
         }
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether functions are compiled inside the context as they would be outside: torch asks."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at one operator and lets it run."""
-        if func.namespace == "c10d":
-            tensors = [tensor for argument in args for tensor in _tensors(argument)]
-            group = next((argument for argument in args if isinstance(argument, torch.ScriptObject)), None)
-            if tensors and group is not None:
-                name = dist.ProcessGroup.unbox(group).group_name
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [tensor for argument in (*args, result) for tensor in _tensors(argument)]
+            # Compiled code names its group last; otherwise it is the first object.
+            candidates = args if func.namespace == "c10d" else args[-1:]
+            name = next(filter(None, map(_group_name, candidates)), None)
+            if tensors and name is not None:
                 kind = func.overloadpacket.__name__
                 whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)
                 self.bytes[self._dimensions.get(name, name), KINDS.get(kind, kind)] += whole
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _group_name(argument: Any) -> str | None:
+    """Of the group that an operator communicates over, where an argument says it."""
+    if isinstance(argument, torch.ScriptObject):
+        argument = dist.ProcessGroup.unbox(argument)
+    return argument.group_name if isinstance(argument, dist.ProcessGroup) else argument if isinstance(argument, str) else None
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:
