@@ -1,5 +1,6 @@
 """The transformer: a layer of attention and MLP with pre-normalisation, and the stack of layers."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -100,6 +101,8 @@ class TransformerBlock(nn.Module):
             # torch 2.13 cannot keep the mesh of tensor-parallel parameters for a graph's backward pass.
             part = "forward" if layer.recompute == "selective" else "_compute"
             setattr(layer, part, torch.compile(getattr(layer, part)))
+        # It would have every rank warn of operations in place, of which none here touches what is kept.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
     def forward(
         self,

@@ -47,6 +47,7 @@ class CompiledFunction:
                 return self._chosen(*arguments)
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"{self._function.__name__} stays uncompiled: {type(error).__name__}: {reason}", stacklevel=2)
+                name = self._function.__name__
+                warnings.warn(f"{name} is not compiled: {type(error).__name__}: {reason}", stacklevel=2)
                 self._chosen = self._function
         return self._chosen(*arguments)

@@ -22,7 +22,8 @@ COMPILED_FROM = 16_384
 """Rows of a vocabulary from which on the element-wise part is worth seconds of a compiler's time."""
 
 FLOAT16_FACTOR = 16.0
-"""Divides a factor of the weight's gradient in float16, of which a chunk's sum, times 13 or so, would leave the range."""
+"""In float16 the hidden states are divided by it before their product with a chunk's logit gradients, and the product is
+multiplied in float32: summed over thousands of rows of one token, it would leave the range, whatever the loss scale."""
 
 CPU_BLOCK_BYTES = 2 * 2**20
 """Element-wise work on a CPU goes by blocks of rows that stay in its cache; a GPU takes a chunk at once."""
@@ -52,6 +53,7 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.chunk_bytes = chunk_bytes
         self.may_compile = True
+        """False keeps all eager, for comparison."""
         self._buffer: torch.Tensor | None = None
         self._plain = _ElementWise(_softmax, _sums_and_targets, _exponentials)
         self._compiled = _ElementWise(*map(CompiledFunction, self._plain))
@@ -75,16 +77,17 @@ class LinearCrossEntropy(nn.Module):
         buffer = self._buffer
         if buffer is None or buffer.shape != shape or buffer.dtype != weight.dtype or buffer.device != weight.device:
             buffer = self._buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        element_wise = self._compiled if self.compiles(weight) else self._plain
+        compiles = self.may_compile and compiles_loss(weight.shape[0], weight.dtype, weight.device.type)
+        element_wise = self._compiled if compiles else self._plain
         return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, shard, element_wise, torch.is_grad_enabled())
 
-    def compiles(self, weight: torch.Tensor) -> bool:
-        """Whether the element-wise part is compiled, for `weight` `[vocabulary, hidden]` or this rank's rows of it.
 
-        Not in float64, which is for checking, and not where `may_compile` was set to False.
-        """
-        pays = weight.shape[0] >= COMPILED_FROM and weight.dtype != torch.float64
-        return self.may_compile and pays and missing_compiler(weight.device.type) is None
+def compiles_loss(vocabulary: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the loss compiles its element-wise part, for a weight of so many rows on this rank.
+
+    Only where it pays and a compiler is found; never in float64, which is for checking.
+    """
+    return vocabulary >= COMPILED_FROM and dtype != torch.float64 and missing_compiler(device_type) is None
 
 
 class _ElementWise(NamedTuple):

@@ -33,7 +33,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, mesh: ParallelMesh) -> None:
         super().__init__()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self._dimensions = {dist.group.WORLD.group_name: "world"} if dist.group.WORLD else {}
+        self._dimensions: dict[str, str] = {dist.group.WORLD.group_name: "world"} if dist.group.WORLD else {}
         self._dimensions.setdefault(mesh.data_group.group_name, "dp")
         self._dimensions |= {
             mesh.device_mesh.get_group(name).group_name: name
@@ -65,7 +65,9 @@ def _group_name(argument: Any) -> str | None:
     """Of the group that an operator communicates over, where an argument says it."""
     if isinstance(argument, torch.ScriptObject):
         argument = dist.ProcessGroup.unbox(argument)
-    return argument.group_name if isinstance(argument, dist.ProcessGroup) else argument if isinstance(argument, str) else None
+    if isinstance(argument, dist.ProcessGroup):
+        argument = argument.group_name
+    return argument if isinstance(argument, str) else None
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:

@@ -1,12 +1,13 @@
 """What a configuration's model is on this rank: built on the meta device, cut by tensor and by data parallelism."""
 
 from core.compilation import missing_compiler
+from core.loss import compiles_loss
 from models.gpt import build_meta_model
 from parallel.data_parallel import DataParallel, shard_data_parallel
 from parallel.mesh import ParallelMesh
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.precision import choose_precision
+from training.precision import PRECISIONS, choose_precision
 
 
 def assemble(config: RunConfig, mesh: ParallelMesh) -> DataParallel:
@@ -27,3 +28,10 @@ def assemble(config: RunConfig, mesh: ParallelMesh) -> DataParallel:
             )
         model.block.compile_layers()
     return shard_data_parallel(model, model.sharding_units(), mesh, config.parallel.zero, precision.compute)
+
+
+def compiles(config: RunConfig, mesh: ParallelMesh) -> bool:
+    """Whether something of a resolved configuration's first step is compiled: its layers, or its loss."""
+    rows = -(-config.model.vocabulary // mesh.tp_size)
+    dtype = PRECISIONS[config.train.precision].compute
+    return config.train.compile or compiles_loss(rows, dtype, mesh.device_mesh.device_type)

@@ -1,6 +1,7 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero
 from parallel.sharding import logical_shapes
 from parallel.traffic import Traffic
-from training.assembly import assemble
+from training.assembly import assemble, compiles
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
 from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
@@ -93,11 +94,18 @@ class Trainer:
         return self._finish(first_step)
 
     def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
-        step, stop = self.step + 1, self.stop.signal is not None
+        step, stop, begin = self.step + 1, self.stop.signal is not None, time.perf_counter()
+        compiling = first and compiles(self.config, self.mesh)
+        if compiling:
+            what = "layers" if self.config.train.compile else "the loss"
+            self._note(f"step {step} takes longer: it compiles {what}")
         with Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext() as traffic:
             result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
+        if compiling:
+            result.numbers.read()
+            self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
 
     def _finish(self, first_step: int) -> bool:
