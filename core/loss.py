@@ -22,8 +22,8 @@ COMPILED_FROM = 16_384
 """Rows of a vocabulary from which on the element-wise part is worth seconds of a compiler's time."""
 
 FLOAT16_FACTOR = 16.0
-"""In float16 the hidden states are divided by it before their product with a chunk's logit gradients, and the product is
-multiplied in float32: summed over thousands of rows of one token, it would leave the range, whatever the loss scale."""
+"""In float16 hidden states are divided by it before their product with a chunk's logit gradients, and the product is
+multiplied in float32: summed over thousands of rows of one token, it would leave the range whatever the loss scale."""
 
 CPU_BLOCK_BYTES = 2 * 2**20
 """Element-wise work on a CPU goes by blocks of rows that stay in its cache; a GPU takes a chunk at once."""
