@@ -53,7 +53,19 @@ class DropoutKey:
         return cls(rate, _mix(samples.unsqueeze(1) + positions * GOLDEN))
 
 
-def dropout(x: torch.Tensor, key: DropoutKey | None, layer: int, site: DropoutSite) -> torch.Tensor:
+def dropout_place(layer: int, site: DropoutSite) -> torch.Tensor:
+    """Where in the model a dropout stands, hashed: an int64 scalar on the CPU.
+
+    A tensor rather than a number, so that layers which are compiled share one compiled function.
+
+    Args:
+        layer: index in the whole model; any constant where there is no layer.
+        site: which of the layer's dropouts this is.
+    """
+    return torch.tensor(_signed(_mix(_mix((layer + 1) * GOLDEN) + site * GOLDEN)), device="cpu")
+
+
+def dropout(x: torch.Tensor, key: DropoutKey | None, place: torch.Tensor) -> torch.Tensor:
     """Each element of `x` `[batch, seq, hidden]` is 0 with probability `key.rate`, else multiplied by 1 / (1 - rate).
 
     An element is dropped if its hash of (seed, sample, position; layer, site; channel) lies in the lowest `rate` of the
@@ -63,8 +75,7 @@ def dropout(x: torch.Tensor, key: DropoutKey | None, layer: int, site: DropoutSi
     Args:
         x: the whole hidden dimension of the rows that `key` names.
         key: None where nothing is dropped, as in evaluation; then, and with rate 0, the result is `x` itself.
-        layer: index in the whole model; any constant where there is no layer.
-        site: which of the layer's dropouts this is.
+        place: what `dropout_place` says of where this stands.
 
     Raises ValueError if `key` is not one of `[batch, seq]` rows.
     """
@@ -72,8 +83,7 @@ def dropout(x: torch.Tensor, key: DropoutKey | None, layer: int, site: DropoutSi
         return x
     if key.rows.shape != x.shape[:-1]:
         raise ValueError(f"dropout of {tuple(x.shape)} takes a key of its rows, not one of {tuple(key.rows.shape)}")
-    rows = _mix(key.rows + _signed(_mix(_mix((layer + 1) * GOLDEN) + site * GOLDEN)))
-    return _Dropout.apply(x, rows, key.rate)
+    return _Dropout.apply(x, _mix(key.rows + place), key.rate)
 
 
 class _Dropout(torch.autograd.Function):
@@ -99,6 +109,8 @@ def _drop(x: torch.Tensor, rows: torch.Tensor, rate: float) -> torch.Tensor:
     # By blocks of rows: the hashes of all elements at once would take eight times the memory of a bfloat16 `x`.
     block_bytes = CPU_BLOCK_BYTES if x.device.type == "cpu" else GPU_BLOCK_BYTES
     block_rows = max(1, block_bytes // (8 * hidden))
+    if torch.compiler.is_compiling():
+        block_rows = len(rows.view(-1))  # fused, hashes never reach memory
     for block, keys in zip(result.view(-1, hidden).split(block_rows), rows.view(-1, 1).split(block_rows), strict=True):
         block.masked_fill_(_mix(keys + channels) < threshold, 0)
     return result

@@ -1,11 +1,15 @@
 """Cross entropy fused with the output projection, chunk by chunk: the [tokens, vocabulary] matrix never exists."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+
+from core.compilation import CompiledFunction, missing_compiler
 
 IGNORED_LABEL = -100
 """Label of a token that has no part in the loss."""
@@ -13,6 +17,13 @@ IGNORED_LABEL = -100
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of the one buffer of logits by kind of device. Larger chunks feed the matrix units better and touch the weight's
 gradient less often; smaller ones save memory."""
+
+COMPILED_FROM = 16_384
+"""Rows of a vocabulary from which on the element-wise part is worth seconds of a compiler's time."""
+
+FLOAT16_FACTOR = 16.0
+"""In float16 hidden states are divided by it before their product with a chunk's logit gradients, and the product is
+multiplied in float32: summed over thousands of rows of one token, it would leave the range whatever the loss scale."""
 
 CPU_BLOCK_BYTES = 2 * 2**20
 """Element-wise work on a CPU goes by blocks of rows that stay in its cache; a GPU takes a chunk at once."""
@@ -38,10 +49,14 @@ class LinearCrossEntropy(nn.Module):
     """
 
     def __init__(self, chunk_bytes: int | None = None) -> None:
-        """`chunk_bytes` is the size of the buffer; None: that of CHUNK_BYTES."""
+        """`chunk_bytes` is the most that the buffer takes; None: that of CHUNK_BYTES."""
         super().__init__()
         self.chunk_bytes = chunk_bytes
+        self.may_compile = True
+        """False keeps all eager, for comparison."""
         self._buffer: torch.Tensor | None = None
+        self._plain = _ElementWise(_softmax, _sums_and_targets, _exponentials)
+        self._compiled = _ElementWise(*map(CompiledFunction, self._plain))
 
     def forward(
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard | None = None
@@ -55,12 +70,32 @@ class LinearCrossEntropy(nn.Module):
             shard: says which rows; None: all.
         """
         chunk_bytes = CHUNK_BYTES[weight.device.type] if self.chunk_bytes is None else self.chunk_bytes
-        rows = min(hidden.shape[0], max(1, chunk_bytes // (weight.shape[0] * weight.element_size())))
+        most = max(1, chunk_bytes // (weight.shape[0] * weight.element_size()))
+        # Chunks of equal size: the last is then hardly shorter, and little is lost where it is computed as a whole one.
+        rows = -(-hidden.shape[0] // -(-hidden.shape[0] // most))
         shape = (rows, weight.shape[0])
         buffer = self._buffer
         if buffer is None or buffer.shape != shape or buffer.dtype != weight.dtype or buffer.device != weight.device:
             buffer = self._buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, shard, torch.is_grad_enabled())
+        compiles = self.may_compile and compiles_loss(weight.shape[0], weight.dtype, weight.device.type)
+        element_wise = self._compiled if compiles else self._plain
+        return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, shard, element_wise, torch.is_grad_enabled())
+
+
+def compiles_loss(vocabulary: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the loss compiles its element-wise part, for a weight of so many rows on this rank.
+
+    Only where it pays and a compiler is found; never in float64, which is for checking.
+    """
+    return vocabulary >= COMPILED_FROM and dtype != torch.float64 and missing_compiler(device_type) is None
+
+
+class _ElementWise(NamedTuple):
+    """What is done to a chunk of logits between the products, plain or compiled."""
+
+    softmax: Callable[..., torch.Tensor]
+    sums_and_targets: Callable[..., torch.Tensor]
+    exponentials: Callable[..., None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -72,27 +107,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         buffer: torch.Tensor,
         shard: VocabularyShard | None,
+        element_wise: _ElementWise,
         with_gradients: bool,
     ) -> torch.Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if with_gradients else None
         weight_gradient = torch.zeros_like(weight, dtype=wide) if with_gradients else None
-        for start in range(0, hidden.shape[0], buffer.shape[0]):
-            chunk = slice(start, min(start + buffer.shape[0], hidden.shape[0]))
-            rows = hidden[chunk]
-            counted = labels[chunk] != IGNORED_LABEL
-            targets = torch.where(counted, labels[chunk], 0)
-            logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            if shard is None:
-                losses = _losses_and_logit_gradients(logits, targets, with_gradients)
-            else:
-                losses = _shared_losses_and_logit_gradients(logits, targets, shard, with_gradients)
-            loss += torch.where(counted, losses, 0).sum()
+        step = buffer.shape[0]
+        for start in range(0, hidden.shape[0], step):
+            rows, chunk_labels = hidden[start : start + step], labels[start : start + step]
+            logits = torch.mm(rows, weight.t(), out=buffer[: len(rows)])
+            counted = chunk_labels != IGNORED_LABEL
+            # The whole buffer, whose last rows may be of an earlier chunk: one shape, compiled once.
+            targets = F.pad(torch.where(counted, chunk_labels, 0), (0, step - len(rows)))
+            losses = _losses_and_logit_gradients(buffer, targets, shard, element_wise, with_gradients)
+            loss += torch.where(counted, losses[: len(rows)], 0).sum()
             if hidden_gradient is not None and weight_gradient is not None:
                 # Ignored rows are masked on the narrow sides of the products, not in the wide logits.
                 mask = counted.unsqueeze(1).to(rows.dtype)
-                torch.mm(logits, weight, out=hidden_gradient[chunk]).mul_(mask)
+                torch.mm(logits, weight, out=hidden_gradient[start : start + step]).mul_(mask)
                 _add_product(weight_gradient, logits.t(), rows * mask)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
@@ -102,50 +136,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (scale,) = grad_outputs
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        hidden_gradient = hidden_gradient.mul_(scale)
+        # With dimensions it is multiplied in its own type; as a scalar it would be rounded to that of the gradient.
+        hidden_gradient = hidden_gradient.mul_(scale.reshape(1, 1))
         weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None
 
 
-def _losses_and_logit_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """Cross entropies `[rows]` in at least float32; logits `[rows, vocabulary]` become softmax - one_hot in place."""
+def _losses_and_logit_gradients(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    shard: VocabularyShard | None,
+    element_wise: _ElementWise,
+    with_gradients: bool,
+) -> torch.Tensor:
+    """Cross entropies `[rows]` in at least float32; logits `[rows, vocabulary]` become softmax - one_hot in place.
+
+    With a `shard` the logits are those of its tokens, and two small sums over ranks are needed.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = torch.empty(len(logits), dtype=wide, device=logits.device)
-    for rows in _blocks(logits):
-        block, target, out = logits[rows], targets[rows], losses[rows]
-        log_probabilities = torch.log_softmax(block, dim=-1, dtype=wide)
-        torch.neg(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1), out=out)
+    compiled = isinstance(element_wise.softmax, CompiledFunction)
+    blocks = [slice(None)] if compiled else _blocks(logits)
+    if shard is None:
+        own, is_own = targets, None
+        losses = torch.cat([element_wise.softmax(logits[rows], own[rows], with_gradients) for rows in blocks])
+    else:
+        logits[:, shard.tokens :] = -torch.inf
+        maxima = logits.amax(1).to(wide)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
+        own = targets - shard.first
+        is_own = (own >= 0) & (own < shard.tokens)
+        own = torch.where(is_own, own, 0)
+        parts = [element_wise.sums_and_targets(logits[rows], own[rows], maxima[rows]) for rows in blocks]
+        sums, own_targets = torch.cat(parts, 1)
+        totals = torch.stack([sums, torch.where(is_own, own_targets, 0.0)])
+        dist.all_reduce(totals, group=shard.group)
+        log_sums = totals[0].log() + maxima
+        losses = log_sums - totals[1]
         if with_gradients:
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), -1.0))
-            block.copy_(gradient)
+            for rows in blocks:
+                element_wise.exponentials(logits[rows], log_sums[rows])
+    if with_gradients:
+        # Of the target from its loss alone: p - 1 would lose what the narrow type drops of a p near 1.
+        at_targets = torch.expm1(-losses).to(logits.dtype).unsqueeze(1)
+        own = own.unsqueeze(1)
+        if is_own is not None:
+            at_targets = torch.where(is_own.unsqueeze(1), at_targets, logits.gather(1, own))
+        logits.scatter_(1, own, at_targets)
     return losses
 
 
-def _shared_losses_and_logit_gradients(
-    logits: torch.Tensor, targets: torch.Tensor, shard: VocabularyShard, with_gradients: bool
-) -> torch.Tensor:
-    """The same where `logits` `[rows, vocabulary / ranks]` are of this rank's tokens: two small sums over ranks."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits[:, shard.tokens :] = -torch.inf
-    maxima = logits.amax(1).to(wide)
-    dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
-    own = targets - shard.first
-    is_own = (own >= 0) & (own < shard.tokens)
-    own = torch.where(is_own, own, 0).unsqueeze(1)
-    sums_and_targets = torch.empty(2, len(logits), dtype=wide, device=logits.device)
-    for rows in _blocks(logits):
-        torch.sum((logits[rows].to(wide) - maxima[rows, None]).exp_(), 1, out=sums_and_targets[0, rows])
-        target_logits = logits[rows].gather(1, own[rows]).squeeze(1).to(wide)
-        sums_and_targets[1, rows] = torch.where(is_own[rows], target_logits, 0.0)
-    dist.all_reduce(sums_and_targets, group=shard.group)
-    log_sums = sums_and_targets[0].log() + maxima
+def _softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Cross entropies `[rows]`; logits `[rows, vocabulary]` become probabilities in place, if gradients are wanted."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
     if with_gradients:
-        for rows in _blocks(logits):
-            gradient = (logits[rows].to(wide) - log_sums[rows, None]).exp_()
-            gradient.scatter_add_(1, own[rows], -is_own[rows, None].to(wide))
-            logits[rows] = gradient
-    return log_sums - sums_and_targets[1]
+        logits.copy_(log_probabilities.exp_())
+    return losses
+
+
+def _sums_and_targets(logits: torch.Tensor, own: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """`[2, rows]`: sums of exp(logits - maximum), and logits of the tokens `own` `[rows]`, of `[rows, vocabulary]`."""
+    sums = (logits.to(maxima.dtype) - maxima.unsqueeze(1)).exp_().sum(1)
+    return torch.stack([sums, logits.gather(1, own.unsqueeze(1)).squeeze(1).to(maxima.dtype)])
+
+
+def _exponentials(logits: torch.Tensor, log_sums: torch.Tensor) -> None:
+    """Logits `[rows, vocabulary]` become exp(logits - log_sum) in place: probabilities."""
+    logits.copy_((logits.to(log_sums.dtype) - log_sums.unsqueeze(1)).exp_())
 
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
@@ -161,5 +218,7 @@ def _add_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Ten
     """accumulator += left @ right, where the accumulator may be wider than the factors."""
     if accumulator.dtype == left.dtype:
         accumulator.addmm_(left, right)
+    elif left.dtype == torch.float16:
+        accumulator.add_(left @ (right / FLOAT16_FACTOR), alpha=FLOAT16_FACTOR)
     else:
         accumulator += left @ right

@@ -11,7 +11,7 @@ from torch import nn
 from core.attention import KeyValueCache
 from core.block import TransformerBlock, TransformerLayer
 from core.config import ModelConfig
-from core.dropout import DropoutKey, DropoutSite, dropout
+from core.dropout import DropoutKey, DropoutSite, dropout, dropout_place
 from core.embedding import LanguageModelEmbedding
 from core.loss import LinearCrossEntropy, VocabularyShard
 from core.norm import build_norm
@@ -26,17 +26,18 @@ class GPTModel(nn.Module):
     Args:
         tensor: the ranks that share each weight matrix; None: this rank alone.
         seed: what dropout depends on beside samples and positions.
-        recompute: whether the backward pass computes each layer again rather than keep what it needs.
+        recompute: what the backward pass computes again rather than keep: none, selective or full.
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: TensorParallel | None = None, *, seed: int = 0, recompute: bool = False
+        self, config: ModelConfig, tensor: TensorParallel | None = None, *, seed: int = 0, recompute: str = "none"
     ) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
         self.tensor = tensor = tensor or TensorParallel()
         self.embedding = LanguageModelEmbedding(config, tensor)
+        self.embedding_place = dropout_place(0, DropoutSite.EMBEDDING)
         self.block = TransformerBlock(config, range(config.num_layers), tensor, recompute=recompute)
         self.final_norm = build_norm(config, tensor)
         self.head: VocabParallelEmbedding | None = None
@@ -114,7 +115,7 @@ class GPTModel(nn.Module):
         key: DropoutKey | None = None,
     ) -> torch.Tensor:
         """The residual stream after the last norm: `[batch, seq, hidden]`, with sequence parallelism a shard of it."""
-        x = dropout(self.embedding(input_ids, positions), key, 0, DropoutSite.EMBEDDING)
+        x = dropout(self.embedding(input_ids, positions), key, self.embedding_place)
         return self.final_norm(self.block(x, positions, caches, key))
 
 
@@ -124,7 +125,7 @@ def build_meta_model(
     tensor: TensorParallel | None = None,
     *,
     seed: int = 0,
-    recompute: bool = False,
+    recompute: str = "none",
 ) -> GPTModel:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):

@@ -1,5 +1,6 @@
 """Whole runs of pretrain_gpt.py: every layout feeds and computes the same, and a run goes on where it stopped."""
 
+import itertools
 import json
 import os
 import shutil
@@ -165,9 +166,12 @@ def test_bf16_strays_no_further_than_other_micro_batches_do(out_dir):
         assert np.abs(found - four).max() <= 3 * noise
 
 
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", "bf16", "fp16"])
 def test_five_and_five_steps_equal_ten_bit_for_bit(out_dir, precision):
-    words = [f"train.precision={precision}", "train.steps=10", "train.micro_batch_size=2", "checkpoint.interval=4"]
+    words = [f"train.precision={precision}", "train.steps=10", "train.micro_batch_size=2", "checkpoint.interval=4",
+             f"train.initial_loss_scale={2**24}", "train.loss_scale_window=2"]  # fmt: skip
+    if precision == "fp16":  # slow on a CPU
+        words += ["model.num_layers=1", "model.hidden_size=48", "data.seq_length=12", "train.global_batch_size=4"]
     whole, halves = f"whole-{precision}", f"halves-{precision}"
     assert train(out_dir, whole, 2, *words) == 0
     assert train(out_dir, halves, 2, *words, "train.exit_after=5") == 75
@@ -181,6 +185,31 @@ def test_five_and_five_steps_equal_ten_bit_for_bit(out_dir, precision):
     found = checkpoint_tensors(out_dir, halves, 10)
     assert found.keys() == expected.keys()
     assert all(found[key].equal(expected[key]) for key in expected)
+    scales = [record["loss_scale"] for record in lines(out_dir, halves, "metrics.jsonl").values()]
+    skipped = [norm is None for _, norm in numbers(out_dir, halves)]
+    if precision == "fp16":
+        assert skipped[0]
+        assert scales[1] == scales[0] / 2 == 2**23
+        assert any(after == 2 * before for before, after in itertools.pairwise(scales))
+    else:
+        assert not any(scales)
+        assert not any(skipped)
+
+
+def test_a_run_may_change_its_precision_where_it_is_taken_up_again(out_dir):
+    words = ["model.num_layers=1", "model.hidden_size=48", "data.seq_length=12", "train.global_batch_size=4"]
+    for step, precision in enumerate(["fp32", "fp16", "fp32", "fp16"], start=1):
+        assert train(out_dir, "changing", 1, *words, f"train.precision={precision}", f"train.steps={step}") == 0
+    records = lines(out_dir, "changing", "metrics.jsonl").values()
+    assert [record["loss_scale"] for record in records] == [None, 2**16, None, 2**16]
+    assert all(record["loss"] < 8 for record in records)
+
+
+def test_float16_that_overflows_at_any_loss_scale_ends_with_70(out_dir):
+    words = ["train.precision=fp16", "train.initial_loss_scale=4", "model.init_std=1e9", "train.steps=9"]
+    with pytest.raises(NonFiniteError, match=r"even at a loss scale of 1, try train.precision=bf16; step 3: "):
+        train(out_dir, "overflowing", 1, *words)
+    assert status(out_dir, "overflowing")["step"] == 2
 
 
 def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):

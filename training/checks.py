@@ -25,9 +25,6 @@ NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("parallel.cp", (1,)),
     ("parallel.cp_method", ("allgather",)),
     ("parallel.ep", (1,)),
-    ("train.precision", ("fp32", "bf16", "fp64")),
-    ("train.compile", (False,)),
-    ("train.recompute", ("none", "full")),
 )
 """Keys of features that this version lacks, with the values that work without them."""
 

@@ -74,11 +74,17 @@ class TrainConfig:
     """Global batch sizes by consumed tokens, as in "0:32 1B:64": 32 samples at first, 64 from the first step on that
     starts with 1B (k, M, B, T) tokens consumed. Evaluations keep to the first size."""
     precision: str = field(default="fp32", metadata={"choices": ("fp32", "bf16", "fp64", "tf32", "fp16")})
-    """Numbers that layers compute in; bf16 keeps float32 master weights."""
+    """Numbers that layers compute in; bf16 and fp16 keep float32 master weights, fp16 scales its loss."""
+    initial_loss_scale: float = field(default=65_536.0, metadata={"min": 1.0})
+    """Loss scale that an fp16 run starts with; a step whose numbers overflow is skipped and halves it."""
+    loss_scale_window: int = field(default=2_000, metadata={"min": 1})
+    """Finite steps in a row after which fp16 doubles the loss scale."""
     compile: bool = False
-    """Compile each layer."""
+    """Compile each layer with torch.compile; the first step then takes longer."""
     recompute: str = field(default="none", metadata={"choices": ("none", "selective", "full")})
-    """Activations that backward computes again instead of keeping."""
+    """What backward computes again instead of keeping: selective keeps a layer's input, the outputs of its linear
+    layers and of attention, and computes norms, activations, rotary embedding and dropout again; full keeps only the
+    layer's input."""
     eval_interval: int = field(default=0, metadata={"min": 0})
     """Steps between evaluations on the validation split; 0: none."""
     eval_steps: int = field(default=8, metadata={"min": 1})

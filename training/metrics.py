@@ -38,6 +38,8 @@ class StepMetrics:
     """Share of the device's peak arithmetic that the model used, 0 to 1; None where the peak is unknown."""
     memory_gb: float
     """Largest memory held so far, in GB of 1e9 bytes."""
+    loss_scale: float | None = None
+    """What fp16 multiplied the loss by; None in other precisions."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from parallel.sharding import Box, local_box, local_values, logical_shapes
 from training.assembly import assemble
 from training.config import RunConfig
 from training.optimizer import build_optimizer
+from training.precision import build_loss_scale
 from training.train_step import TrainStep
 
 LIMIT = 1e-10
@@ -106,6 +107,7 @@ def describe_layout(config: RunConfig) -> str:
     words += [f"accumulate={config.accumulation_steps}"] if config.accumulation_steps > 1 else []
     words += [f"recompute={config.train.recompute}"] if config.train.recompute != "none" else []
     words += [config.optimizer.name] if config.optimizer.name != "adamw" else []
+    words += ["compile"] if config.train.compile else []
     words += ["tied"] if config.model.tie_embeddings else []
     words += ["dropout"] if config.model.dropout else []
     return " ".join(words)
@@ -163,7 +165,8 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory |
     model = data_parallel.model
     materialize(model, config.seed, device)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step = TrainStep(data_parallel, optimizer, mesh, config.optimizer.clip_grad, device)
+    loss_scale = build_loss_scale(config.train, device)
+    train_step = TrainStep(data_parallel, optimizer, mesh, config.optimizer.clip_grad, device, loss_scale)
     gather = _Gathering(logical_shapes(model))
     parameters = dict(model.named_parameters())
     initial_weights = gather("initial weight", parameters)

@@ -85,7 +85,7 @@ class Recorder:
     def summarise(self, unigram_entropy: Callable[[], float] | None) -> None:
         """Say how far the run came, against what knowing nothing and knowing only word frequencies give."""
         records = read_metrics(self.directory.path / "metrics.jsonl")
-        losses = [record["loss"] for record in records if "loss" in record]
+        losses = [record["loss"] for record in records if record.get("loss") is not None]
         evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
         uniform = math.log(self.config.model.vocabulary)
         references = {"ln(vocabulary)": uniform}

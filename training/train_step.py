@@ -17,6 +17,7 @@ from parallel.gradients import (
     sum_partial_gradients,
 )
 from parallel.mesh import ParallelMesh
+from training.precision import LossScale
 
 
 class StepNumbers:
@@ -30,12 +31,16 @@ class StepNumbers:
 
     def read(self) -> tuple[float, float]:
         """(loss a token, gradient norm before clipping), once they have arrived."""
-        loss, gradient_norm, _ = self._values()
+        loss, gradient_norm, *_ = self._values()
         return loss, gradient_norm
 
     def stop_requested(self) -> bool:
         """Whether any rank had been asked to stop when it took the step, once that has arrived."""
         return self._values()[2] > 0
+
+    def loss_scale(self) -> float | None:
+        """What the loss of the step was multiplied by, None where it was not, once that has arrived."""
+        return self._values()[3] or None
 
     def _values(self) -> list[float]:
         if self._arrived is not None:
@@ -85,7 +90,8 @@ class TrainStep:
     """Takes steps with a model and its optimizer.
 
     A non-finite loss or gradient norm on any rank keeps the optimizer from moving on every rank, in this step and in
-    all later ones, because the host notices only afterwards.
+    all later ones, because the host notices only afterwards. With a loss scale it does so in this step alone: the next
+    one has a smaller scale.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class TrainStep:
         mesh: ParallelMesh,
         clip_grad: float,
         device: torch.device,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.data_parallel = data_parallel
         self.optimizer = optimizer
@@ -102,6 +109,7 @@ class TrainStep:
         self.mesh = mesh
         self.clip_grad = clip_grad
         self.device = device
+        self.loss_scale = loss_scale
         self._partial = partial_parameters(data_parallel.model, mesh.tensor)
         self._non_finite = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -120,8 +128,11 @@ class TrainStep:
             self.data_parallel.before_micro_batch(last=index == len(batches) - 1)
             loss = self.data_parallel.model(*batch)
             losses.append(loss.detach().double())
-            (loss / tokens.to(loss.dtype)).backward()
+            mean = loss / tokens.to(loss.dtype)
+            (mean if self.loss_scale is None else mean * self.loss_scale.scale).backward()
         sum_partial_gradients(self._partial, self.mesh.tensor)
+        if self.loss_scale is not None:
+            scale_gradients(local_gradients(self.parameters), 1 / self.loss_scale.scale)
         return Accumulated(torch.stack(losses), tokens)
 
     def update(
@@ -139,14 +150,19 @@ class TrainStep:
         totals = torch.stack([own_loss, square_sum(self.parameters, self.mesh), own_loss.new_full((), float(stop))])
         dist.all_reduce(totals)
         loss, gradient_norm = totals[0] / accumulated.tokens, totals[1].sqrt()
+        scale = loss.new_zeros(()) if self.loss_scale is None else self.loss_scale.scale.double()
         self._move(loss, gradient_norm, learning_rate)
-        numbers = StepNumbers(torch.stack([loss, gradient_norm, totals[2]]))
+        numbers = StepNumbers(torch.stack([loss, gradient_norm, totals[2], scale]))
         return StepResult(step, numbers, accumulated.local_losses, micro_batches)
 
     def _move(self, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
         """Clip and step on the device; fused optimizers skip the step where `found_inf` is 1."""
         finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-        self._non_finite = torch.maximum(self._non_finite, (~finite).float())
+        if self.loss_scale is None:
+            self._non_finite = torch.maximum(self._non_finite, (~finite).float())
+        else:
+            self._non_finite = (~finite).float()
+            self.loss_scale.update(finite)
         if self.clip_grad:
             scale_gradients(local_gradients(self.parameters), (self.clip_grad / (gradient_norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero
 from parallel.sharding import logical_shapes
 from parallel.traffic import Traffic
-from training.assembly import assemble
+from training.assembly import assemble, compiles
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
 from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
@@ -33,6 +34,7 @@ from training.garbage import collection_every
 from training.hardware import model_flops_utilization
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, training_tensors
+from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
 from training.run_directory import LOGS, difference
@@ -51,6 +53,7 @@ class Trainer:
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.saved_step = 0
+        self.skipped_step = 0
         self.consumed_samples = 0
         self.batches = config.batches
         self.mesh = ParallelMesh(config.parallel, process.device.type)
@@ -60,7 +63,7 @@ class Trainer:
         self.parameter_count = sum(shape.numel() for shape in self.shapes.values())
         self._restore_or_initialize()
         self.train_step = TrainStep(
-            self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device
+            self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device, self.loss_scale
         )
         self.timer = StepTimer()
         self.logged_step, self.logged_samples = self.step, self.consumed_samples
@@ -112,11 +115,18 @@ class Trainer:
         return self._finish(first_step)
 
     def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
-        step, stop = self.step + 1, self.stop.signal is not None
+        step, stop, begin = self.step + 1, self.stop.signal is not None, time.perf_counter()
+        compiling = first and compiles(self.config, self.mesh)
+        if compiling:
+            what = "layers" if self.config.train.compile else "the loss"
+            self._note(f"step {step} takes longer: it compiles {what}")
         with Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext() as traffic:
             result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
+        if compiling:
+            result.numbers.read()
+            self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
 
     def _finish(self, first_step: int) -> bool:
@@ -170,12 +180,15 @@ class Trainer:
             materialize(model, config.seed, self.device, self._init_device())
         self.parameters = dict(model.named_parameters())
         self.optimizer = build_optimizer(model, config.optimizer)
+        self.loss_scale = build_loss_scale(config.train, self.device)
         if chosen is not None:
             path, manifest = chosen
             self._check_same_run(path, manifest.state)
             load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer, self.shapes))
             self.step = self.saved_step = manifest.step
             self.consumed_samples = manifest.state["consumed_samples"]
+            if self.loss_scale and manifest.state.get("loss_scale"):
+                self.loss_scale.restore(manifest.state["loss_scale"])
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
             self._load_weights(config.checkpoint.load)
@@ -244,6 +257,7 @@ class Trainer:
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
+            "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "torch": torch.__version__,
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
@@ -253,11 +267,23 @@ class Trainer:
             self.recorder.running(self.step)
 
     def _check(self, result: StepResult | None) -> None:
-        """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike."""
+        """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike.
+
+        With a loss scale such a step was skipped, and it is an error once the scale is as small as 1.
+        """
         if result is None or all(map(math.isfinite, result.numbers.read())):
             return
+        scale = result.numbers.loss_scale()
+        if scale is not None and scale > 1:
+            if result.step > self.skipped_step:
+                self._note(f"step {result.step} is skipped: float16 overflows at a loss scale of {scale:.0f}, now halved")
+                self.skipped_step = result.step
+            return
         losses = result.local_losses.tolist()
-        raise NonFiniteError(describe_non_finite(result.step, losses, result.micro_batches, self.mesh))
+        reason = describe_non_finite(result.step, losses, result.micro_batches, self.mesh)
+        if scale is not None:
+            reason = f"float16 overflows even at a loss scale of {scale:g}, try train.precision=bf16; {reason}"
+        raise NonFiniteError(reason)
 
     def _report(self, result: StepResult) -> None:
         config = self.config
@@ -289,6 +315,7 @@ class Trainer:
                 data_ms=data_ms,
                 mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),
                 memory_gb=peak_memory_gb(self.device),
+                loss_scale=result.numbers.loss_scale(),
             )
         )
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core.loss import IGNORED_LABEL, LinearCrossEntropy
+import core.loss
+from core.loss import COMPILED_FROM, IGNORED_LABEL, LinearCrossEntropy, compiles_loss
 
 TOKENS, HIDDEN, VOCABULARY = 150, 24, 301
 
@@ -98,3 +99,63 @@ def test_bfloat16_gradients_are_rounded_once_a_product_and_the_loss_is_float32()
     for ours, theirs in zip(gradients, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+def test_a_last_chunk_that_is_shorter_sees_nothing_of_the_one_before():
+    chunk_bytes = 40 * VOCABULARY * 8  # 150 tokens: four chunks of 38, the last of 36
+    loss_function = LinearCrossEntropy(chunk_bytes=chunk_bytes)
+    fused = run(loss_function, problem())
+    assert loss_function._buffer.shape[0] == 38
+    for ours, theirs in zip(fused, run(plain, problem()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_float16_sums_of_many_rows_and_scales_beyond_its_range_stay_finite():
+    rows = 9000
+    hidden = torch.full((rows, 4), 30.0, dtype=torch.float16).requires_grad_()
+    weight = torch.zeros(VOCABULARY, 4, dtype=torch.float16).requires_grad_()
+    labels = torch.zeros(rows, dtype=torch.int64)
+    loss = LinearCrossEntropy()(hidden, weight, labels)
+    (loss / rows).backward()
+    # The sum before the division is 270,000; float16 ends at 65,504.
+    torch.testing.assert_close(weight.grad[0], torch.full((4,), -30.0 * (1 - 1 / VOCABULARY)).half(), rtol=1e-2, atol=0)
+    assert torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_scaled_before_they_are_rounded(dtype):
+    """1e6 is beyond float16, and 1/3 is rounded by bfloat16 itself: what they scale is not to notice."""
+    inputs = problem(dtype)
+    for scale in (1e6, 1 / 3):
+        hidden, weight, labels = inputs[0].detach().requires_grad_(), inputs[1].detach() / 1000, inputs[2]
+        (once,) = torch.autograd.grad(LinearCrossEntropy()(hidden, weight, labels), hidden)
+        (scaled,) = torch.autograd.grad(LinearCrossEntropy()(hidden, weight, labels) * scale, hidden)
+        assert torch.equal(scaled, (once.double() * torch.tensor(scale).double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_part_is_one_graph_and_equals_the_plain_one(dtype, monkeypatch):
+    monkeypatch.setattr(core.loss, "COMPILED_FROM", VOCABULARY)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = (LinearCrossEntropy(chunk_bytes=40 * VOCABULARY * 4) for _ in range(2))
+    eager.may_compile = False
+    for ours, theirs in zip(run(compiled, problem(dtype)), run(eager, problem(dtype)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "missing", "compiled"),
+    [
+        (COMPILED_FROM, torch.float32, None, True),
+        (COMPILED_FROM, torch.float16, None, True),
+        (COMPILED_FROM - 1, torch.float32, None, False),
+        (COMPILED_FROM, torch.float64, None, False),
+        (COMPILED_FROM, torch.float32, "a compiler", False),
+    ],
+)
+def test_the_loss_is_compiled_where_it_pays_and_can_be(vocabulary, dtype, missing, compiled, monkeypatch):
+    monkeypatch.setattr(core.loss, "missing_compiler", lambda device_type: missing)
+    assert compiles_loss(vocabulary, dtype, "cpu") == compiled

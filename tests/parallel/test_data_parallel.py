@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import training.train_step
 from core.config import ModelConfig
 from data.batches import MicroBatch
 from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
 from parallel.data_parallel import shard_data_parallel
+from parallel.gradients import local_gradients
 from parallel.initialization import materialize
 from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
@@ -196,3 +198,43 @@ def test_zero_says_how_often_weights_are_gathered_and_gradients_reduced(zero, dp
     for found, sharded in run_ranks(dp_replicate * dp_shard, collectives, dp_replicate, dp_shard, zero, micro_batches):
         assert found == [gathers, scatters, reduces]
         assert sharded
+
+
+def accumulated(rank, world_size, layout, zero, precision):
+    """Gradients of two micro-batches together, and the sum of each one's, in float32; both of this rank's shards."""
+    mesh = ParallelMesh(ParallelConfig(**layout), "cpu")
+    chosen = PRECISIONS[precision]
+    model = build_meta_model(MODELS["llama"], chosen.master, mesh.tensor)
+    data_parallel = shard_data_parallel(model, model.sharding_units(), mesh, zero, chosen.compute)
+    materialize(model, SEED, torch.device("cpu"))
+    step = TrainStep(data_parallel, build_optimizer(model, OPTIMIZER), mesh, 1.0, torch.device("cpu"))
+    input_ids, labels = ragged_batch(0)
+    parts = [slice(3, 6), slice(6, 9)] if mesh.dp_rank == 0 else [slice(9, 10), slice(10, 12)]
+    batches = [MicroBatch(input_ids[part], labels[part], [], np.arange(SAMPLES)[part]) for part in parts]
+
+    # The same divisor for all, so that they add up.
+    training.train_step.count_tokens = lambda labels, mesh: torch.tensor(7.0, dtype=torch.float64)
+
+    def gradients(micro_batches):
+        step.accumulate(micro_batches)
+        found = {name: local_gradients([parameter])[0].clone() for name, parameter in model.named_parameters()}
+        step.optimizer.zero_grad()
+        return found
+
+    together, *each = (gradients(chunk) for chunk in (batches, batches[:1], batches[1:]))
+    return together, {name: each[0][name] + each[1][name] for name in together}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [({"dp_shard": 1}, 3), ({"dp_shard": 2}, 1), ({"dp_shard": 2}, 2), ({"dp_shard": 1, "tp": 2}, 3)],
+)
+def test_micro_batches_and_ranks_add_up_in_float32(layout, zero, precision):
+    """Were a sum rounded to the type that layers compute in, it would be off by up to 2^-9 or 2^-12 of itself."""
+    world_size = layout["dp_shard"] * layout.get("tp", 1)
+    for together, expected in run_ranks(world_size, accumulated, layout, zero, precision):
+        for name, gradient in together.items():
+            assert gradient.dtype == torch.float32
+            scale = expected[name].abs().max().clamp(min=1e-6)
+            assert (gradient - expected[name]).abs().max() < 1e-5 * scale, name

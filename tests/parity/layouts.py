@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sequence": (True, False),
     "zero": (3, 2, 1),
     "tied": (True, False),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "selective", "full"),
     "accumulation": (1, 3),
     "dropout": (0.0, 0.2),
     "optimizer": ("adamw", "muon"),
@@ -78,7 +78,7 @@ def cases(model_name: str) -> list[Case]:
     return [found[index] | case for index, case in chosen]
 
 
-def configuration(model_name: str, case: Case, precision: str = "fp64") -> RunConfig:
+def configuration(model_name: str, case: Case, precision: str = "fp64", *, compiled: bool = False) -> RunConfig:
     """The resolved run of a case."""
     sizes = {name: case[name] for name in DIMENSIONS}
     layout = ParallelConfig(**sizes, sequence=case.get("sequence"), zero=case.get("zero", 3))
@@ -97,6 +97,8 @@ def configuration(model_name: str, case: Case, precision: str = "fp64") -> RunCo
             global_batch_size=layout.dp * micro_batch_size * case["accumulation"],
             precision=precision,
             recompute=case["recompute"],
+            compile=compiled,
+            initial_loss_scale=256.0,
         ),
     )
 

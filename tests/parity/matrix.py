@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from tests.parity.covering import Case
 from tests.parity.layouts import LARGEST_WORLD, MODELS, SEQ_LENGTH, configuration, matrix
+from training.config import RunConfig
 from training.parity import LIMIT, STEPS, Comparison, describe_layout, verify
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
@@ -25,8 +27,9 @@ the loss spread very unevenly, and in the first step a data-parallel rank withou
 - initial weights, and what several ranks hold alike, bit for bit.
 
 A layout is *equal* where nothing is off by more than {limit:g}. The layouts are every mesh of {least} to {most} ranks;
-the options are spread over them so that every two meet, and each meets every kind of mesh and every size of `tp`. What
-the harness would find is tested as well: `tests/parity/test_planted_bugs.py` plants bugs of the usual kinds, and each
+the options are spread over them so that every two meet, and each meets every kind of mesh and every size of `tp`. A few
+layouts with compiled layers follow; they run here alone, since a compiler takes its time, while `make test` follows the
+same layers up to the graph that the compiler would get. What the harness would find is tested as well: `tests/parity/test_planted_bugs.py` plants bugs of the usual kinds, and each
 is caught.
 
 Your own configuration, scaled down: `kilotron parity model=llama3_8b parallel.tp=2 world_size=4`.
@@ -42,12 +45,31 @@ HEADER = """
 """
 
 
+COMPILED: list[tuple[str, Case]] = [
+    (
+        model_name,
+        {"tp": 2, "dp_replicate": 1, "dp_shard": 2, "sequence": sequence, "zero": 3, "tied": True,
+         "recompute": recompute, "accumulation": 1, "dropout": 0.2, "optimizer": "adamw"},
+    )
+    for model_name, sequence, recompute in (
+        ("gpt2", True, "none"), ("gpt2", False, "full"), ("llama", True, "selective"), ("llama", True, "full")
+    )
+]  # fmt: skip
+
+
+def configurations() -> list[RunConfig]:
+    """What the page is of, model by model: the matrix, and a few layouts whose layers are compiled."""
+    plain, compiled = ([configuration(*entry) for entry in matrix()],
+                       [configuration(*entry, compiled=True) for entry in COMPILED])  # fmt: skip
+    return sorted(plain + compiled, key=lambda config: list(MODELS).index(config.name))
+
+
 def main() -> int:
     """Runs all layouts, writes the page, and returns 0 where all are equal."""
-    entries = matrix()
+    entries = configurations()
     found = []
-    for number, (model_name, case) in enumerate(entries, start=1):
-        config = configuration(model_name, case)
+    for number, config in enumerate(entries, start=1):
+        model_name = config.name
         comparison = verify(config)
         found.append((model_name, describe_layout(config), comparison))
         print(f"{number}/{len(entries)} {model_name} {describe_layout(config)}: {comparison.verdict}", flush=True)

@@ -63,13 +63,15 @@ BAD = [
     # ranges and choices
     ("train.steps=0", "train.steps=0: must be at least 1"),
     ("model.hidden_size=0 model.num_attention_heads=0", "hidden_size=0", "num_attention_heads=0"),
+    ("train.initial_loss_scale=0.5", "train.initial_loss_scale=0.5: must be at least 1.0"),
+    ("train.loss_scale_window=0", "must be at least 1"),
     ("optimizer.lr=0", "optimizer.lr=0.0: must be above 0.0"),
     ("optimizer.lr=nan", "must be a finite number"),
     ("data.split=[inf,1,1]", "must be a finite number"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0: must be below 1.0"),
     ("parallel.dp_shard=-2", "must be at least -1"),
     ("parallel.zero=4", "parallel.zero=4", "known: 1, 2, 3"),
-    ("train.precision=pf32", "did you mean fp32?", "known: fp32, bf16, fp64"),
+    ("train.precision=bf61", "did you mean bf16?", "known: fp32, bf16, fp64, tf32, fp16"),
     ("model.activation=swigluu", "did you mean swiglu?", "known: gelu, gelu_tanh, relu2, swiglu"),
     ("model.rope_scaling=llama", "did you mean llama3?"),
     ("model.rope_scaling_factor=0.5", "model.rope_scaling_factor=0.5: must be at least 1.0"),
@@ -79,11 +81,8 @@ BAD = [
     ("data.corpus=sampel", "did you mean sample?"),
     # not built yet
     ("parallel.pp=2 world_size=2", "parallel.pp=2 is not available in this version; use parallel.pp=1"),
-    ("train.recompute=selective", "train.recompute=selective is not available in this version; use one of none, full"),
-    ("train.precision=tf32", "train.precision=tf32 is not available in this version; use one of fp32, bf16, fp64"),
     ("model.num_experts=8", "use model.num_experts=null"),
     ("data.blend=[a]", "use data.blend=null"),
-    ("train.compile=true", "use train.compile=false"),
     ("parallel.pp_schedule=zb", "use parallel.pp_schedule=1f1b"),
     # the model
     (

@@ -17,7 +17,7 @@ from parallel.process_group import process_group
 from parallel.sharding import logical_shapes
 from training.config import OptimizerConfig
 from training.optimizer import build_optimizer, training_tensors
-from training.precision import PRECISIONS
+from training.precision import PRECISIONS, LossScale
 from training.train_step import TrainStep
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=31, max_position_embeddings=8)
@@ -30,13 +30,15 @@ def group():
         yield
 
 
-def build(clip_grad=1.0, precision="fp32", model_config=CONFIG, **optimizer):
+def build(clip_grad=1.0, precision="fp32", model_config=CONFIG, loss_scale=2.0**10, **optimizer):
     mesh = ParallelMesh(ParallelConfig(dp_shard=1), "cpu")
     chosen = PRECISIONS[precision]
     model = build_meta_model(model_config, chosen.master)
     data_parallel = shard_data_parallel(model, model.sharding_units(), mesh, 3, chosen.compute)
     materialize(model, 0, CPU)
-    return model, TrainStep(data_parallel, build_optimizer(model, OptimizerConfig(**optimizer)), mesh, clip_grad, CPU)
+    scale = LossScale(loss_scale, 2, CPU) if precision == "fp16" else None
+    built = build_optimizer(model, OptimizerConfig(**optimizer))
+    return model, TrainStep(data_parallel, built, mesh, clip_grad, CPU, scale)
 
 
 def batch(seed=0, rows=2):
@@ -135,3 +137,42 @@ def test_the_loss_is_a_mean_over_tokens_that_count_wherever_they_lie():
     torch.testing.assert_close(losses.sum(), split_losses.sum(), rtol=1e-12, atol=0)
     for parameter, gradient in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_a_float16_step_that_overflows_moves_nothing_halves_the_scale_and_the_next_one_moves():
+    model, step = build(precision="fp16", loss_scale=2.0**30)
+    before = state(model, step)
+    result = step(1, [batch()], 1e-2)
+    assert np.isfinite(result.numbers.read()[0])
+    assert not np.isfinite(result.numbers.read()[1])
+    assert result.numbers.loss_scale() == 2.0**30
+    assert step.loss_scale.scale.item() == 2.0**29
+    after = state(model, step)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    step.loss_scale.scale.fill_(2.0**10)
+    for number in (2, 3):
+        assert all(map(np.isfinite, step(number, [batch()], 1e-2).numbers.read()))
+    after = state(model, step)
+    assert all(value == 2 for name, value in after.items() if name.startswith("optimizer.step."))
+    assert not torch.equal(before["model.final_norm.weight"], after["model.final_norm.weight"])
+    assert step.loss_scale.scale.item() == 2.0**11, "after two good steps"
+
+
+def test_losses_gradients_and_norm_of_float16_are_those_of_float32_whatever_the_scale():
+    exact_model, exact = build(clip_grad=0.0)
+    expected = exact.accumulate([batch()])
+    for scale in (1.0, 2.0**12):
+        model, step = build(clip_grad=0.0, precision="fp16", loss_scale=scale)
+        found = step.accumulate([batch()])
+        torch.testing.assert_close(found.local_losses, expected.local_losses, rtol=2e-3, atol=0)
+        for parameter, other in zip(model.parameters(), exact_model.parameters(), strict=True):
+            gradient = parameter.grad.to_local()
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, other.grad, rtol=0.02, atol=2e-4)
+        norm = torch.stack([parameter.grad.norm() for parameter in exact_model.parameters()]).norm().item()
+        assert step.update(1, found, [batch()], 1e-2).numbers.read()[1] == pytest.approx(norm, rel=5e-3)
+
+
+def test_without_a_loss_scale_none_is_reported():
+    _, step = build()
+    assert step(1, [batch()], 1e-2).numbers.loss_scale() is None
