@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": "let a trained model write",
         "layouts": "list the ways to divide a model over ranks",
         "parity": "hold a layout against one process, scaled down to this machine",
+        "launch": "write, show and submit a batch script for SLURM",
     }
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")
