@@ -27,11 +27,18 @@ def why_not():
     """Why there is no SLURM to test on; empty where there is one."""
     if shutil.which("sinfo") is None:
         return "no SLURM here: sinfo is not installed"
-    nodes = answer("sinfo", "--noheader", "--Node", "--format=%N", "--states=idle")
+    try:
+        nodes = answer("sinfo", "--noheader", "--Node", "--format=%N", "--states=idle")
+    except subprocess.TimeoutExpired:
+        return "no SLURM here: sinfo does not answer"
     return "" if len(set(nodes.stdout.split())) >= 2 else f"no two idle nodes: sinfo says {nodes.stdout}{nodes.stderr}"
 
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "SLURM answers")
+@pytest.fixture(scope="module", autouse=True)
+def slurm():
+    """Asked for only once these tests run: a SLURM that is down takes its time to say so."""
+    if reason := why_not():
+        pytest.skip(reason)
 
 
 def one_rank(rank, world_size, words):
