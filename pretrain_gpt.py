@@ -32,6 +32,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """What `main` does, on this rank."""
+    began = time.monotonic()
     command = read_command_line(words)
     if command.show_help:
         return say(help_page(), environment)
@@ -48,7 +49,7 @@ def start(words: Sequence[str], environment: Mapping[str, str]) -> int:
     # Only now, so that a configuration is refused before torch takes its seconds to load.
     from training.run import train
 
-    return train(config, command.overrides)
+    return train(config, command.overrides, began)
 
 
 def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:

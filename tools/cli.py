@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parity": "hold a layout against one process, scaled down to this machine",
         "import": "make a run directory of a Hugging Face model",
         "export": "write a run's model as a Hugging Face directory",
+        "launch": "write, show and submit a batch script for SLURM",
     }
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")

@@ -93,6 +93,8 @@ class TrainConfig:
     """Steps between logged steps."""
     exit_after: int | None = field(default=None, metadata={"min": 1})
     """Save and end as preempted once this many steps were taken by this start; null: never."""
+    max_minutes: float | None = field(default=None, metadata={"above": 0.0})
+    """Save and end as preempted this many minutes after the start of the process; null: never."""
     init_device: str | None = field(default=None, metadata={"choices": ("cpu", "cuda")})
     """Device that draws initial weights; null: the training device. `cpu` makes them equal across kinds of device."""
     profile: str | None = None

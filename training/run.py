@@ -1,5 +1,6 @@
 """A run from its start to its end: who owns its directory, what it may continue, and how its end is put down."""
 
+import math
 import os
 import signal
 import sys
@@ -14,17 +15,18 @@ from training.errors import ConfigError, PeerError, RunError, StorageError
 from training.mirror import first_line
 from training.recorder import Recorder
 from training.run_directory import LOGS, RunDirectory, State, difference
-from training.stop import stoppable
+from training.stop import STOP_FILE, stoppable
 from training.trainer import Trainer
 
 PREEMPTED = 75
 
 
-def train(config: RunConfig, overrides: list[str]) -> int:
+def train(config: RunConfig, overrides: list[str], began: float) -> int:
     """Run a resolved configuration to its end on the ranks that torchrun started; returns the exit code.
 
-    Raises errors that carry an `exit_code` of the contract. A RunError is the same on every rank, but for PeerError,
-    which the other ranks raise when one fails on its own.
+    `began` is when the process did, in seconds of `time.monotonic`: `train.max_minutes` counts from then. Raises errors
+    that carry an `exit_code` of the contract. A RunError is the same on every rank, but for PeerError, which the other
+    ranks raise when one fails on its own.
     """
     recorder: Recorder | None = None
     logs = Path(config.run_dir) / LOGS
@@ -41,8 +43,10 @@ def train(config: RunConfig, overrides: list[str]) -> int:
                 recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
         return standing
 
+    deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    with stoppable() as stop, process_group(timeout, logs=logs) as process:
+    stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline)
+    with stopping as stop, process_group(timeout, logs=logs) as process:
         trainer = None
         try:
             standing = on_rank_zero(begin)
@@ -59,10 +63,11 @@ def train(config: RunConfig, overrides: list[str]) -> int:
                 raise
             raise failure from error
         if recorder is not None:
+            stop.settle(completed=completed)
             if completed:
                 recorder.close("completed", trainer.step, f"reached train.steps={config.train.steps}")
             else:
-                reason = stop.signal or ("train.exit_after" if config.train.exit_after else "a signal to another rank")
+                reason = stop.reason or "a signal to another rank"
                 recorder.console.note(f"stopped by {reason} and saved at step {trainer.step}: start again to continue")
                 recorder.close("preempted", trainer.step, reason)
         # torchrun takes every other code for a failure, and restarts.
@@ -102,7 +107,9 @@ def _last_status(error: BaseException, directory: RunDirectory, step: int | None
     if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
         return "failed", step, status.reason  # the rank that failed on its own knows better
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-        return "failed", step, f"ended by {signal.Signals(error.code - 128).name}"
+        # Before training began, nothing was lost: whoever starts it again wants it to go on.
+        state: State = "preempted" if step is None else "failed"
+        return state, step, f"ended by {signal.Signals(error.code - 128).name}"
     return "failed", step, f"{type(error).__name__}: {error}"
 
 

@@ -1,32 +1,66 @@
-"""Requests to stop: a signal lets a training run finish its step, save, and end as preempted."""
+"""Requests to stop, by a signal, a file or the clock: a run finishes its step, saves, and ends as preempted."""
 
+import math
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
+
+STOP_FILE = "STOP"
+"""A file of this name in the run directory asks the run to stop."""
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class StopRequest:
-    """Whether this process was sent SIGTERM or SIGINT (Ctrl-C)."""
+    """Whether this process was asked to stop, and by what."""
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        """Name of the signal."""
+    def __init__(self, file: Path, deadline: float = math.inf) -> None:
+        """`file` is the one that asks to stop by being there; `deadline` is in seconds of `time.monotonic`."""
+        self.file = file
+        self.deadline = deadline
+        self.reason: str | None = None
+        """What asked first: the name of a signal, "STOP file", or the key of a setting."""
         self.heeded = False
-        """Whether someone looks at `signal`; until then, and at the second signal, the process ends at once."""
+        """Whether someone looks at `reason`; until then, and at the second signal, the process ends at once."""
+        self._signalled = False
+        self._next_look = -math.inf
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Takes a signal. Raises SystemExit where nobody would heed it, or it is not the first."""
-        if not self.heeded or self.signal is not None:
+        if not self.heeded or self._signalled:
             raise SystemExit(128 + number)
-        self.signal = signal.Signals(number).name
+        self._signalled = True
+        self.ask(signal.Signals(number).name)
+
+    def ask(self, reason: str) -> None:
+        """Asks to stop; of several reasons the first counts."""
+        self.reason = self.reason or reason
+
+    def look(self) -> None:
+        """Looks for the file and at the clock, at most once a second. For one rank: the others spare the disk."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + SECONDS_BETWEEN_LOOKS
+        with suppress(OSError):  # a network file system that does not answer now may do so in a second
+            if self.file.is_file():
+                self.ask("STOP file")
+        if now >= self.deadline:
+            self.ask("train.max_minutes")
+
+    def settle(self, *, completed: bool) -> None:
+        """Removes the file where the run did what it asks for, so that the next start goes on."""
+        if completed or self.reason == "STOP file":
+            self.file.unlink(missing_ok=True)
 
 
 @contextmanager
-def stoppable() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request for as long as the context lasts. For the main thread only."""
-    request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGINT)
+def stoppable(file: Path, deadline: float = math.inf) -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a request for as long as the context lasts. For the main thread only."""
+    request = StopRequest(file, deadline)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.signal(number, request.receive) for number in numbers]
     try:
         yield request

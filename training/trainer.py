@@ -42,7 +42,7 @@ from training.samples import describe_non_finite, gather_samples
 from training.schedule import learning_rate
 from training.stop import StopRequest
 from training.timing import StepTimer, peak_memory_gb
-from training.train_step import StepResult, TrainStep, batch_to_device, count_tokens
+from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
 
 
 class Trainer:
@@ -56,6 +56,7 @@ class Trainer:
         self.skipped_step = 0
         self.consumed_samples = 0
         self.batches = config.batches
+        self.evaluation_due = False
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
         self.data_parallel = assemble(config, self.mesh)
@@ -69,7 +70,7 @@ class Trainer:
         self.logged_step, self.logged_samples = self.step, self.consumed_samples
 
     def run(self) -> bool:
-        """Train until `train.steps`, then True; or until `train.exit_after` or a request to stop, then False."""
+        """Train until `train.steps`, then True; or until all ranks stop for `stop.reason`, then False."""
         train = self.config.train
         steps = train.profile_steps if self.recorder else range(0)
         profiler = StepProfiler(steps, Path(self.config.run_dir) / LOGS / "profile", self.device, self._note)
@@ -87,8 +88,8 @@ class Trainer:
         self.stop.heeded = True
         reader = self._reader(self.splits.train, self.batches.size_at)
         unchecked: StepResult | None = None
-        stopping = False
-        while self.step < config.train.steps and self.step - first_step != config.train.exit_after and not stopping:
+        stopping = self.evaluation_due and self._evaluate()
+        while self.step < config.train.steps and not stopping:
             profiler.begin(self.step + 1)
             with self.timer.step():
                 with self.timer.waiting_for_data():
@@ -105,17 +106,22 @@ class Trainer:
             profiler.end(self.step)
             self.consumed_samples += self.batches.size_at(self.consumed_samples)
             self._report(result)
-            if self._is_due(config.train.eval_interval):
-                self._evaluate()
-            if self._is_due(config.checkpoint.interval) and self.step < config.train.steps:
+            self.evaluation_due = self._is_due(config.train.eval_interval)
+            if self.evaluation_due and not stopping:
+                stopping = self._evaluate()
+            if self.step - first_step == config.train.exit_after:
+                self.stop.ask("train.exit_after")
+                stopping = True
+            if self._is_due(config.checkpoint.interval) and self.step < config.train.steps and not stopping:
                 self._check(result)
                 self._save()
+                stopping = self._any_wish_to_stop()
         self._check(unchecked)
         reader.close()
         return self._finish(first_step)
 
     def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
-        step, stop, begin = self.step + 1, self.stop.signal is not None, time.perf_counter()
+        step, stop, begin = self.step + 1, self._wishes_to_stop(), time.perf_counter()
         compiling = first and compiles(self.config, self.mesh)
         if compiling:
             what = "layers" if self.config.train.compile else "the loss"
@@ -129,9 +135,20 @@ class Trainer:
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
 
+    def _wishes_to_stop(self) -> bool:
+        if self.recorder:
+            self.stop.look()
+        return self.stop.reason is not None
+
+    def _any_wish_to_stop(self) -> bool:
+        """Collective, and the host waits for it: only for where ranks have just waited for each other anyway."""
+        wish = torch.tensor(float(self._wishes_to_stop()))
+        dist.all_reduce(wish)
+        return wish.item() > 0
+
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
-        completed = self.step >= self.config.train.steps
+        completed = self.step >= self.config.train.steps and not self.evaluation_due
         if self.step > first_step and self.saved_step != self.step:
             self._save()
         validation = self.splits.validation
@@ -189,6 +206,9 @@ class Trainer:
             self.consumed_samples = manifest.state["consumed_samples"]
             if self.loss_scale and manifest.state.get("loss_scale"):
                 self.loss_scale.restore(manifest.state["loss_scale"])
+            # A run that was stopped before or in an evaluation makes up for it.
+            pending = manifest.state.get("evaluation_due", False)
+            self.evaluation_due = pending and self._is_due(config.train.eval_interval)
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
             self._load_weights(config.checkpoint.load)
@@ -255,6 +275,7 @@ class Trainer:
         state = {
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
+            "evaluation_due": self.evaluation_due,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
@@ -320,26 +341,39 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Mean loss over `train.eval_steps` global batches of the validation split, the same ones each time."""
+    def _evaluate(self) -> bool:
+        """Mean loss over `train.eval_steps` global batches of the validation split, the same ones each time.
+
+        Returns whether a rank wishes to stop, which cuts the evaluation short; it then stays due.
+        """
         dataset = self.splits.validation
         if dataset is None:
-            return
+            return False
         batch_size = self.config.train.global_batch_size
         batches = min(self.config.train.eval_steps, max(1, dataset.samples_per_epoch // batch_size))
         reader = self._reader(dataset, lambda _: batch_size)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        numbers = StepNumbers(totals)
         for index in range(batches):
+            # As in training, the device is a batch ahead of what the host looks at.
+            if numbers.stop_requested():
+                break
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]
             losses = [self.data_parallel.model(input_ids, labels).double() for input_ids, labels, _ in on_device]
-            loss = torch.stack(losses).sum()
-            dist.all_reduce(loss, group=self.mesh.data_group)
-            totals += torch.stack([loss, count_tokens([labels for _, labels, _ in on_device], self.mesh)])
+            loss = torch.stack(losses).sum() * (self.mesh.tp_rank == 0)
+            summed = torch.stack([loss, loss.new_full((), float(self._wishes_to_stop()))])
+            dist.all_reduce(summed)
+            tokens = count_tokens([labels for _, labels, _ in on_device], self.mesh)
+            totals += torch.stack([summed[0], tokens, summed[1]])
+            numbers = StepNumbers(totals)
+        else:
+            self.evaluation_due = False
+            if self.recorder:
+                total_loss, total_tokens = numbers.read()
+                self.recorder.evaluation(self.step, total_loss / total_tokens)
         self.data_parallel.reshard()
         reader.close()
-        loss, tokens = totals.tolist()
-        if self.recorder:
-            self.recorder.evaluation(self.step, loss / tokens)
+        return numbers.stop_requested()
 
     def _is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps and after the last does so now; 0 is never."""

@@ -62,6 +62,7 @@ BAD = [
     ("optimizer.lr=${train.stepz}", "optimizer.lr", "train.stepz"),
     # ranges and choices
     ("train.steps=0", "train.steps=0: must be at least 1"),
+    ("train.max_minutes=0", "train.max_minutes=0.0: must be above 0.0"),
     ("model.hidden_size=0 model.num_attention_heads=0", "hidden_size=0", "num_attention_heads=0"),
     ("train.initial_loss_scale=0.5", "train.initial_loss_scale=0.5: must be at least 1.0"),
     ("train.loss_scale_window=0", "must be at least 1"),
