@@ -80,10 +80,11 @@ class Recorder:
             stack.callback(self.directory.release)
             stack.callback(self.wandb.close, exit_code=1 if state == "failed" else 0)
             stack.callback(self.metrics.close)
-            stack.callback(self.directory.write_status, state, step, reason)
             stack.callback(self.console.close)
             if state != "completed":
-                self._plot({})
+                stack.callback(self._plot, {})
+            # Called first, for whoever ends us may not wait for a picture.
+            stack.callback(self.directory.write_status, state, step, reason)
 
     def _plot(self, references: dict[str, float]) -> None:
         """Draw the loss curve; a picture is never worth a run."""
