@@ -1,4 +1,4 @@
-"""What a recorder says beside the lines of the contract: slow data, once, and the speed of a rank."""
+"""What a recorder says beside the lines of the contract, and the order in which it closes."""
 
 import io
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.training.test_metrics import STEP
+from training import recorder as recorder_module
 from training.config import RunConfig, TrainConfig
 from training.console import Console
 from training.recorder import Recorder
@@ -50,3 +51,10 @@ def test_the_speed_of_a_rank_is_said_once_and_only_of_many(recorder):
 
 def test_one_rank_has_no_speed_of_its_own(recorder):
     assert said(recorder, 0, 0) == [[], []]
+
+
+def test_the_status_is_written_before_a_picture_is_drawn(tmp_path, monkeypatch):
+    directory, seen = RunDirectory(tmp_path), []
+    monkeypatch.setattr(recorder_module, "plot_loss", lambda *_: seen.append(directory.read_status().state))
+    Recorder(RunConfig(), directory).close("preempted", 3, "SIGUSR1")
+    assert seen == ["preempted"]
