@@ -3,7 +3,8 @@
     python -m benchmarks.train_step [--steps 7] [--threads 2]
 
 Prints, a case a line, the median of the pairwise ratios of times (transformers / Kilotron, above 1: Kilotron is faster)
-and the ratio of the processes' peak memory (Kilotron / transformers, below 1: Kilotron needs less).
+and the ratio of the processes' peak memory (Kilotron / transformers, below 1: Kilotron needs less). Eager is beside
+eager, with nothing compiled, and compiled beside compiled: Kilotron's layers and loss, transformers' whole model.
 """
 
 import argparse
@@ -12,26 +13,17 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.steps import kilotron_step, transformers_step
+from core.compilation import missing_compiler
 from core.config import ModelConfig
-from data.batches import MicroBatch
-from models.gpt import build_meta_model
-from parallel.config import ParallelConfig
-from parallel.data_parallel import shard_data_parallel
-from parallel.initialization import materialize
-from parallel.mesh import ParallelMesh
 from parallel.process_group import process_group
-from training.config import OptimizerConfig
-from training.optimizer import build_optimizer
-from training.precision import choose_precision
-from training.train_step import TrainStep
 
 BATCH, SEQ, VOCABULARY = 8, 256, 50_304
 SHAPE: dict[str, Any] = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": SEQ}
@@ -49,124 +41,76 @@ FAMILIES = {
         tie_embeddings=False,
     ),
 }
-
-
-def batches() -> Callable[[], MicroBatch]:
-    """A source of the same random batches in every process."""
-    generator = np.random.default_rng(0)
-
-    def next_batch() -> MicroBatch:
-        tokens = generator.integers(0, VOCABULARY, (BATCH, SEQ + 1))
-        return MicroBatch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), [], np.arange(BATCH))
-
-    return next_batch
-
-
-def kilotron_step(family: str, precision_name: str) -> Callable[[], float]:
-    """A training step as the trainer takes it; returns its loss."""
-    precision = choose_precision(precision_name)
-    device = torch.device("cpu")
-    mesh = ParallelMesh(ParallelConfig(dp_shard=1), "cpu")
-    model = build_meta_model(FAMILIES[family], precision.master)
-    data_parallel = shard_data_parallel(model, model.sharding_units(), mesh, 3, precision.compute)
-    materialize(model, 0, device)
-    config = OptimizerConfig()
-    step = TrainStep(data_parallel, build_optimizer(model, config), mesh, config.clip_grad, device)
-    next_batch = batches()
-    return lambda: step(1, [next_batch()], config.lr).numbers.read()[0]
-
-
-def transformers_step(family: str, precision_name: str) -> Callable[[], float]:
-    """The same with transformers: SDPA attention, fused AdamW, clipping; in bf16 its weights are bfloat16."""
-    import transformers
-
-    config = FAMILIES[family]
-    model: Any
-    if family == "gpt2":
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=VOCABULARY,
-                n_positions=SEQ,
-                n_embd=config.hidden_size,
-                n_layer=config.num_layers,
-                n_head=config.num_attention_heads,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-            )
-        )
-    else:
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=VOCABULARY,
-                max_position_embeddings=SEQ,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.ffn_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.query_groups,
-                tie_word_embeddings=False,
-            )
-        )
-    model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision_name]).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=OptimizerConfig().lr, fused=True)
-    next_batch = batches()
-
-    def step() -> float:
-        batch = next_batch()
-        # transformers shifts labels itself; giving it shifted ones is only a matter of which tokens are compared.
-        output = model(
-            input_ids=torch.from_numpy(batch.input_ids), labels=torch.from_numpy(batch.labels), use_cache=False
-        )
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(output.loss.detach())
-
-    return step
-
-
+MODES = ("eager", "compiled")
 BUILDERS = {"kilotron": kilotron_step, "transformers": transformers_step}
+WARM_UP = 2
+"""Steps that compile and allocate, and are not timed."""
 
 
-def worker(connection: Connection, peer: str, family: str, precision: str, threads: int) -> None:
+@dataclass(frozen=True)
+class Row:
+    """What a case found, by peer."""
+
+    title: str
+    seconds: dict[str, list[float]]
+    memory: dict[str, int]
+    """Peak of the process in bytes."""
+
+    def median(self, peer: str) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds[peer])
+
+    def __str__(self) -> str:
+        ratios = [
+            theirs / ours for ours, theirs in zip(self.seconds["kilotron"], self.seconds["transformers"], strict=True)
+        ]
+        sides = [f"{self.median(peer):.3f} s, {self.memory[peer] / 1e9:.2f} GB" for peer in BUILDERS]
+        return (
+            f"{self.title:20} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"   {self.memory['kilotron'] / self.memory['transformers']:5.2f}   {' | '.join(sides)}"
+        )
+
+
+def worker(connection: Connection, peer: str, family: str, precision: str, mode: str, threads: int) -> None:
     """Take a step whenever told to; answer its seconds, and at the end the process's peak memory in bytes."""
     torch.set_num_threads(threads)
     with process_group(timedelta(minutes=1)):
-        step = BUILDERS[peer](family, precision)
+        compiled = mode == "compiled"
+        step = BUILDERS[peer](FAMILIES[family], BATCH, SEQ, precision, torch.device("cpu"), compiled=compiled)
         while connection.recv() == "step":
             begin = time.perf_counter()
-            step()
+            step()()
             connection.send(time.perf_counter() - begin)
         connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def compare(family: str, precision: str, steps: int, threads: int) -> str:
-    """One case, as a row of the table."""
+def compare(family: str, precision: str, mode: str, steps: int, threads: int) -> Row:
+    """One case, turn by turn."""
     context = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}
     for peer in BUILDERS:
         ends[peer], far_end = context.Pipe()
-        context.Process(target=worker, args=(far_end, peer, family, precision, threads), daemon=True).start()
+        arguments = (far_end, peer, family, precision, mode, threads)
+        context.Process(target=worker, args=arguments, daemon=True).start()
+        far_end.close()
     seconds: dict[str, list[float]] = {peer: [] for peer in BUILDERS}
-    for turn in range(steps + 2):
+    for turn in range(steps + WARM_UP):
         for peer, end in ends.items():
             end.send("step")
             taken = end.recv()
-            if turn >= 2:  # the first steps allocate
+            if turn >= WARM_UP:
                 seconds[peer].append(taken)
     memory = {}
     for peer, end in ends.items():
         end.send("stop")
         memory[peer] = end.recv()
-    ratios = [theirs / ours for ours, theirs in zip(seconds["kilotron"], seconds["transformers"], strict=True)]
-    return (
-        f"{family:6} {precision:5} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        f"   {memory['kilotron'] / memory['transformers']:5.2f}"
-        f"   {statistics.median(seconds['kilotron']):.3f} s, {memory['kilotron'] / 1e9:.2f} GB"
-        f" | {statistics.median(seconds['transformers']):.3f} s, {memory['transformers'] / 1e9:.2f} GB"
-    )
+    return Row(f"{family} {precision} {mode}", seconds, memory)
+
+
+def best(rows: list[Row], peer: str) -> str:
+    """A peer's fastest case."""
+    row = min(rows, key=lambda row: row.median(peer))
+    return f"{row.median(peer):.3f} s ({row.title})"
 
 
 def main() -> None:
@@ -174,11 +118,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7, help="timed pairs of steps a case")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each process")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="shapes to time")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     arguments = parser.parse_args()
-    print("model  dtype speed (range)          memory  kilotron | transformers", flush=True)
-    for family in FAMILIES:
-        for precision in ("fp32", "bf16"):
-            print(compare(family, precision, arguments.steps, arguments.threads), flush=True)
+    missing = missing_compiler("cpu")
+    if missing is not None and "compiled" in arguments.modes:
+        parser.error(f"compiled steps need the {missing}, which is not here; use --modes eager")
+    print(f"{'case':20} speed (range)          memory  kilotron | transformers", flush=True)
+    for family in arguments.families:
+        rows = []
+        for precision in arguments.precisions:
+            for mode in arguments.modes:
+                rows.append(compare(family, precision, mode, arguments.steps, arguments.threads))
+                print(rows[-1], flush=True)
+        print(f"{family}, best of any: kilotron {best(rows, 'kilotron')}, transformers {best(rows, 'transformers')}")
 
 
 if __name__ == "__main__":

@@ -297,7 +297,9 @@ class Trainer:
         scale = result.numbers.loss_scale()
         if scale is not None and scale > 1:
             if result.step > self.skipped_step:
-                self._note(f"step {result.step} is skipped: float16 overflows at a loss scale of {scale:.0f}, now halved")
+                self._note(
+                    f"step {result.step} is skipped: float16 overflows at loss scale {scale:.0f}, which is halved"
+                )
                 self.skipped_step = result.step
             return
         losses = result.local_losses.tolist()

@@ -15,7 +15,7 @@ def afresh():
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    monkeypatch.setattr(compilation, "find_spec", lambda _: None)
     assert missing_compiler("cuda") == "Python package triton"
     monkeypatch.setattr(compilation, "find_spec", lambda name: name)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -30,7 +30,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert missing_compiler("cpu") == "compiler my-compiler"
     (tmp_path / "my-compiler").touch(mode=0o755)
     missing_compiler.cache_clear()
-    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda _: str(tmp_path))
     assert "Python.h (of a package such as" in missing_compiler("cpu")
     (tmp_path / "Python.h").touch()
     missing_compiler.cache_clear()

@@ -157,5 +157,5 @@ def test_the_compiled_part_is_one_graph_and_equals_the_plain_one(dtype, monkeypa
     ],
 )
 def test_the_loss_is_compiled_where_it_pays_and_can_be(vocabulary, dtype, missing, compiled, monkeypatch):
-    monkeypatch.setattr(core.loss, "missing_compiler", lambda device_type: missing)
+    monkeypatch.setattr(core.loss, "missing_compiler", lambda _: missing)
     assert compiles_loss(vocabulary, dtype, "cpu") == compiled
