@@ -19,6 +19,7 @@ _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 Finish = Callable[[], torch.Tensor]
 """Waits for a collective that was started and returns its result."""
+Collective = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 def start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Finish:
@@ -61,65 +62,36 @@ def start_sum_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> Finish:
     return finish
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Conjugate(torch.autograd.Function):
+    """A collective whose gradient another one collects."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return sum_over_ranks(gradients[0], ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return start_sum(x.clone(), group)()
+    def forward(
+        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, start: Callable[..., Finish], of_gradient: Collective
+    ) -> torch.Tensor:
+        ctx.group, ctx.of_gradient = group, of_gradient
+        return start(x, group)()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return copy_to_ranks(gradients[0], ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return start_gather(x, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return sum_scatter_sequence(gradients[0], ctx.group), None
-
-
-class _SumScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return start_sum_scatter(x, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gather_sequence(gradients[0], ctx.group), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.of_gradient(gradients[0], ctx.group), None, None, None
 
 
 def copy_to_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """`x`, equal on all ranks, for each to use in its own way; its gradient is the sum of what the ranks find."""
-    return cast(torch.Tensor, _Copy.apply(x, group))
+    return cast(torch.Tensor, _Conjugate.apply(x, group, lambda x, _: lambda: x.view_as(x), sum_over_ranks))
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of the ranks' `x`, on every rank."""
-    return cast(torch.Tensor, _Sum.apply(x, group))
+    return cast(torch.Tensor, _Conjugate.apply(x, group, lambda x, group: start_sum(x.clone(), group), copy_to_ranks))
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Shards `[batch, seq / ranks, ...]` to the whole sequence `[batch, seq, ...]` on every rank."""
-    return cast(torch.Tensor, _Gather.apply(x, group))
+    return cast(torch.Tensor, _Conjugate.apply(x, group, start_gather, sum_scatter_sequence))
 
 
 def sum_scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of the ranks' `x` `[batch, seq, ...]`, of which every rank gets its shard `[batch, seq / ranks, ...]`."""
-    return cast(torch.Tensor, _SumScatter.apply(x, group))
+    return cast(torch.Tensor, _Conjugate.apply(x, group, start_sum_scatter, gather_sequence))

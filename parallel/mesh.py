@@ -1,5 +1,7 @@
 """The one object that knows how ranks are laid out; it is passed to whatever communicates."""
 
+from typing import cast
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -43,12 +45,8 @@ class ParallelMesh:
 
     def _data_group(self, config: ParallelConfig) -> dist.ProcessGroup:
         if config.tp == 1:
-            if dist.group.WORLD is None:
-                raise RuntimeError("the process group is not initialised")
-            return dist.group.WORLD
+            return cast(dist.ProcessGroup, dist.group.WORLD)
         if config.dp_replicate == 1:
             return self.device_mesh.get_group("dp_shard")
-        # Every rank makes every group, its own and those it is not in.
         columns = self.device_mesh.mesh.reshape(-1, config.tp).t().tolist()
-        groups = [dist.new_group(column) for column in columns]
-        return groups[self.tp_rank]
+        return cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(columns)[0])
