@@ -92,16 +92,9 @@ class IndexedDataset:
         self._check_documents()
         self._check_sequences()
         self._tokens = _map(self._bin_path, self._dtype)
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all documents."""
-        return len(self._tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents, empty ones included."""
-        return len(self._documents) - 1
+        self.total_tokens = len(self._tokens)
+        self.num_documents = entries - 1
+        """Empty ones included."""
 
     @property
     def document_starts(self) -> npt.NDArray[np.int64]:
@@ -138,9 +131,8 @@ class IndexedDataset:
     def _check_documents(self) -> None:
         entries, sequences = self._documents, len(self._lengths)
         self._require(entries[0] == 0, "first entry of the document index", 0, entries[0])
-        self._require(
-            entries[-1] == sequences, "last entry of the document index", f"the {sequences} sequences", entries[-1]
-        )
+        all_of_them = f"the {sequences} sequences"
+        self._require(entries[-1] == sequences, "last entry of the document index", all_of_them, entries[-1])
         falling = np.append(False, entries[1:] < entries[:-1])
         where = int(falling.argmax())
         least = f"at least {entries[where - 1]}"

@@ -11,7 +11,6 @@ from data.indexed_dataset import IndexedDataset
 from data.locations import data_prefix
 from data.metadata import read_metadata
 
-_NAMES = ("train", "validation", "test")
 _FINGERPRINTED = 1 << 20
 
 
@@ -45,7 +44,8 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
     starts = indexed.document_starts
     opened: dict[str, GPTDataset] = {}
     absent: dict[str, str] = {}
-    for name, (first, end) in zip(_NAMES, split_documents(indexed.num_documents, config.split), strict=True):
+    ranges = split_documents(indexed.num_documents, config.split)
+    for name, (first, end) in zip(("train", "validation", "test"), ranges, strict=True):
         start, stop = int(starts[first]), int(starts[end])
         try:
             opened[name] = GPTDataset(indexed, start, stop, seq_length, seed, vocab_size=vocab_size)

@@ -19,13 +19,10 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = [
-    "torch",
     "torch._dynamo",
     "torch.distributed.checkpoint",
-    "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
-    "torch.distributed.tensor",
     "torch.distributed.tensor.parallel",
     "hypothesis",
     "pytest",

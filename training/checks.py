@@ -82,7 +82,7 @@ def check_vocabulary(config: RunConfig, tokens: int, source: str) -> Iterator[st
 
 
 def check_heads(config: RunConfig) -> Iterator[str]:
-    """Heads cut the hidden size into equal widths, where no width is given, and key/value heads serve equally many."""
+    """Heads cut the hidden size into equal widths, where no width is given, and groups of them are of equal size."""
     model = config.model
     heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
     if model.head_dim is None and hidden % heads:
@@ -329,20 +329,17 @@ def check_split(config: RunConfig) -> Iterator[str]:
 def check_checkpoint(config: RunConfig) -> Iterator[str]:
     """What a start takes up is well-formed, and is there."""
     resume, load = config.checkpoint.resume, config.checkpoint.load
+    example = "it is a directory like RUN_DIR/checkpoints/step_00000100"
     if resume not in ("auto", "never") and not resume.isdecimal():
         guess = closest(resume, ("auto", "never")) or "auto"
         yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
     if load is not None and not Path(load).is_dir():
         near = closest(Path(load).name, _folders(Path(load).parent))
-        advice = (
-            f"nearest: {Path(load).parent / near}"
-            if near
-            else "it is a directory like RUN_DIR/checkpoints/step_00000100"
-        )
+        advice = f"nearest: {Path(load).parent / near}" if near else example
         yield f"checkpoint.load={load}: there is no such directory; {advice}"
     elif load is not None and not (Path(load) / "manifest.json").is_file():
         steps = sorted(Path(load).glob("**/step_*[0-9]"))
-        advice = f"try {steps[-1]}" if steps else "it is a directory like RUN_DIR/checkpoints/step_00000100"
+        advice = f"try {steps[-1]}" if steps else example
         yield f"checkpoint.load={load} is no checkpoint; {advice}"
 
 
