@@ -23,25 +23,20 @@ class MicroBatch:
     """[micro_batch]: which sample of the run each is, counted from the first."""
 
 
+@dataclass(eq=False)
 class BatchReader:
     """Reads global batches of consecutive samples; what it returns depends on positions only, not on threads."""
 
-    def __init__(
-        self,
-        dataset: GPTDataset,
-        batch_size: Callable[[int], int],
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        num_workers: int,
-    ) -> None:
-        """Sizes in samples; `batch_size` is that of the global batch that starts at a number of consumed samples."""
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._micro_batch_size = micro_batch_size
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
-        self._pool = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
+    dataset: GPTDataset
+    batch_size: Callable[[int], int]
+    """Samples of the global batch that starts at a number of consumed samples."""
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.num_workers, "batches") if self.num_workers else None
         self._ahead: tuple[int, list[Future[MicroBatch]]] | None = None
 
     def read(self, consumed_samples: int) -> list[MicroBatch]:
@@ -57,7 +52,7 @@ class BatchReader:
             for future in futures:
                 future.cancel()
             futures = self._submit(self._pool, consumed_samples)
-        following = consumed_samples + self._batch_size(consumed_samples)
+        following = consumed_samples + self.batch_size(consumed_samples)
         self._ahead = following, self._submit(self._pool, following)
         return [future.result() for future in futures]
 
@@ -71,13 +66,13 @@ class BatchReader:
 
     def _starts(self, position: int) -> range:
         """Where this rank's micro-batches begin of the global batch that begins at `position`."""
-        size, micro = self._batch_size(position), self._micro_batch_size
-        if size % (micro * self._dp_size):
-            raise ValueError(f"{self._dp_size} ranks of {micro} samples do not divide {size}")
-        return range(position + self._dp_rank * micro, position + size, self._dp_size * micro)
+        size, micro = self.batch_size(position), self.micro_batch_size
+        if size % (micro * self.dp_size):
+            raise ValueError(f"{self.dp_size} ranks of {micro} samples do not divide {size}")
+        return range(position + self.dp_rank * micro, position + size, self.dp_size * micro)
 
     def _micro_batch(self, first: int) -> MicroBatch:
-        samples = [self._dataset.sample(index) for index in range(first, first + self._micro_batch_size)]
+        samples = [self.dataset.sample(index) for index in range(first, first + self.micro_batch_size)]
         tokens = np.stack([sample.tokens for sample in samples])
-        indices = np.arange(first, first + self._micro_batch_size)
+        indices = np.arange(first, first + self.micro_batch_size)
         return MicroBatch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), samples, indices)

@@ -1,6 +1,7 @@
 """Documents out of text files, JSON lines and folders of both."""
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ def read_documents(inputs: Sequence[Path], json_key: str = "text", separator: st
     its text under `json_key`. Raises DataPathError at the call where an input is missing, CorruptDataError with file
     and line where one cannot be read.
     """
-    return _each_document(find_files(inputs), json_key, separator)
+    return itertools.chain.from_iterable(
+        _json_documents(file, json_key) if file.suffix in _JSON_LINES else _text_documents(file, separator)
+        for file in find_files(inputs)
+    )
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -40,14 +44,6 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
             nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
             raise DataPathError(f"no input {path}" + (f"; nearest: {path.parent / nearest[0]}" if nearest else ""))
     return files
-
-
-def _each_document(files: list[Path], json_key: str, separator: str | None) -> Iterator[str]:
-    for file in files:
-        if file.suffix in _JSON_LINES:
-            yield from _json_documents(file, json_key)
-        else:
-            yield from _text_documents(file, separator)
 
 
 def _text_documents(file: Path, separator: str | None) -> Iterator[str]:

@@ -13,8 +13,6 @@ from typing import Any
 
 from data.errors import CorruptDataError, DataPathError
 
-PAIR_SUFFIXES = (".bin", ".idx")
-
 
 def publish(temporary: Path, target: Path) -> None:
     """Renames a finished file to its name once its bytes are on disk, so that a crash leaves no part of it."""
@@ -104,7 +102,7 @@ def require_pair(prefix: str) -> tuple[Path, Path]:
 
 
 def _nearest(prefix: str) -> str:
-    if prefix.endswith(PAIR_SUFFIXES) and Path(prefix).is_file():
+    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
         return f"a prefix has no suffix: try {prefix[:-4]}"
     folder = Path(prefix).parent
     if not folder.is_dir():

@@ -24,43 +24,42 @@ class Sample:
     """[seq_length + 1]: the inputs, and one more so that each input has a label."""
 
 
+@dataclass(eq=False)
 class GPTDataset:
-    """Endless samples over tokens [start, stop) of a stream: each epoch visits every window once, in its own order."""
+    """Endless samples over tokens [start, stop) of a stream: each epoch visits every window once, in its own order.
 
-    def __init__(
-        self,
-        indexed: IndexedDataset,
-        start: int,
-        stop: int,
-        seq_length: int,
-        seed: int,
-        dataset: int = 0,
-        vocab_size: int | None = None,
-    ) -> None:
-        """Window w is the slice of seq_length + 1 tokens at start + w * seq_length; neighbours share one token.
+    Window w is the slice of seq_length + 1 tokens at start + w * seq_length; neighbours share one token. Raises
+    DataPathError where no window fits.
+    """
 
-        Where `vocab_size` is given, samples are checked against it. Raises DataPathError where no window fits.
-        """
-        self.samples_per_epoch = (stop - start - 1) // seq_length
+    indexed: IndexedDataset
+    start: int
+    stop: int
+    seq_length: int
+    seed: int
+    dataset: int = 0
+    vocab_size: int | None = None
+    """What samples are checked against."""
+
+    def __post_init__(self) -> None:
+        length = self.stop - self.start
+        self.samples_per_epoch = (length - 1) // self.seq_length
         if self.samples_per_epoch < 1:
             raise DataPathError(
-                f"{stop - start} tokens, where data.seq_length={seq_length} needs at least {seq_length + 1}; "
+                f"{length} tokens, where data.seq_length={self.seq_length} needs at least {self.seq_length + 1}; "
                 f"lower data.seq_length, raise this split's share in data.split, or prepare more text"
             )
-        self.indexed, self.start, self.stop = indexed, start, stop
-        self.seq_length, self.dataset = seq_length, dataset
-        self._seed, self._vocab_size = seed, vocab_size
 
     def sample(self, index: int) -> Sample:
         """Sample `index` >= 0 of the run. Raises CorruptDataError where a token is outside the vocabulary."""
         epoch, place = divmod(index, self.samples_per_epoch)
-        window = KeyedPermutation(self.samples_per_epoch, derive_key(self._seed, epoch, self.dataset))(place)
+        window = KeyedPermutation(self.samples_per_epoch, derive_key(self.seed, epoch, self.dataset))(place)
         begin = self.start + window * self.seq_length
         tokens = self.indexed.tokens(begin, begin + self.seq_length + 1).astype(np.int64)
-        if self._vocab_size is not None and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
+        if self.vocab_size is not None and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise CorruptDataError(
                 f"token ids from {tokens.min()} to {tokens.max()} at tokens {begin} to {begin + self.seq_length} of "
-                f"the stream, where the vocabulary ends at {self._vocab_size - 1}: prepared with another tokenizer?"
+                f"the stream, where the vocabulary ends at {self.vocab_size - 1}: prepared with another tokenizer?"
             )
         return Sample(self.dataset, epoch, window, tokens)
 

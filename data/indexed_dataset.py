@@ -4,7 +4,6 @@ import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -38,9 +37,7 @@ class IndexedDatasetWriter:
         self._handle = self._temporary_bin.open("wb")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Publishes both files, unless the block raised."""
         self._handle.close()
         try:
@@ -95,16 +92,9 @@ class IndexedDataset:
         self._check_documents()
         self._check_sequences()
         self._tokens = _map(self._bin_path, self._dtype)
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all documents."""
-        return len(self._tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents, empty ones included."""
-        return len(self._documents) - 1
+        self.total_tokens = len(self._tokens)
+        self.num_documents = entries - 1
+        """Empty ones included."""
 
     @property
     def document_starts(self) -> npt.NDArray[np.int64]:
@@ -118,60 +108,50 @@ class IndexedDataset:
         """Tokens [stop - start] of the stream, a view in the file's own dtype."""
         return self._tokens[start:stop]
 
-    def _refuse(self, field: str, expected: object, found: object) -> CorruptDataError:
-        return CorruptDataError(f"{self._idx_path}: {field}: expected {expected}, found {found}")
+    def _require(self, holds: bool | np.bool_, field: str, expected: object, found: object) -> None:
+        if not holds:
+            raise CorruptDataError(f"{self._idx_path}: {field}: expected {expected}, found {found}")
 
     def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
-        if len(index) < _HEADER.size:
-            raise self._refuse("file size", f"at least the header's {_HEADER.size} bytes", f"{len(index)} (truncated)")
-        magic, version, code, sequences, entries = _HEADER.unpack(index[: _HEADER.size].tobytes())
-        if magic != _MAGIC:
-            raise self._refuse("magic", _MAGIC, f"{magic}; not a Megatron index, `kilotron prepare` writes one")
-        if version != _VERSION:
-            raise self._refuse("version", _VERSION, version)
-        if code in _FLOAT_CODES:
-            raise self._refuse("dtype code", "an integer type", f"{code}, floating-point values, which are no tokens")
-        if code not in _DTYPES:
-            raise self._refuse("dtype code", f"one of {', '.join(map(str, _DTYPES))}", code)
-        if entries < 1:
-            raise self._refuse("length of the document index", "documents + 1", entries)
-        needed = _HEADER.size + 12 * sequences + 8 * entries
-        if len(index) < needed:
-            wanted = f"{needed} bytes for {sequences} sequences and {entries} document entries"
-            raise self._refuse("file size", wanted, f"{len(index)} (truncated)")
+        size, found = _HEADER.size, f"{len(index)} (truncated)"
+        self._require(len(index) >= size, "file size", f"at least the header's {size} bytes", found)
+        magic, version, code, sequences, entries = _HEADER.unpack(index[:size].tobytes())
+        foreign = f"{magic}; not a Megatron index, `kilotron prepare` writes one"
+        self._require(magic == _MAGIC, "magic", _MAGIC, foreign)
+        self._require(version == _VERSION, "version", _VERSION, version)
+        floating = f"{code}, floating-point values, which are no tokens"
+        self._require(code not in _FLOAT_CODES, "dtype code", "an integer type", floating)
+        self._require(code in _DTYPES, "dtype code", f"one of {', '.join(map(str, _DTYPES))}", code)
+        self._require(entries >= 1, "length of the document index", "documents + 1", entries)
+        needed = size + 12 * sequences + 8 * entries
+        wanted = f"{needed} bytes for {sequences} sequences and {entries} document entries"
+        self._require(len(index) >= needed, "file size", wanted, found)
         return _DTYPES[code], sequences, entries
 
     def _check_documents(self) -> None:
-        first, last, sequences = int(self._documents[0]), int(self._documents[-1]), len(self._lengths)
-        if first != 0:
-            raise self._refuse("first entry of the document index", 0, first)
-        if last != sequences:
-            raise self._refuse("last entry of the document index", f"the {sequences} sequences", last)
-        for begin in range(0, len(self._documents), _CHECKED_AT_ONCE):
-            entries = self._documents[begin : begin + _CHECKED_AT_ONCE + 1]
-            falling = np.flatnonzero(entries[1:] < entries[:-1])
-            if len(falling):
-                where = int(falling[0])
-                field = f"document index, entry {begin + where + 1}"
-                raise self._refuse(field, f"at least {entries[where]}", entries[where + 1])
+        entries, sequences = self._documents, len(self._lengths)
+        self._require(entries[0] == 0, "first entry of the document index", 0, entries[0])
+        all_of_them = f"the {sequences} sequences"
+        self._require(entries[-1] == sequences, "last entry of the document index", all_of_them, entries[-1])
+        falling = np.append(False, entries[1:] < entries[:-1])
+        where = int(falling.argmax())
+        least = f"at least {entries[where - 1]}"
+        self._require(not falling[where], f"document index, entry {where}", least, entries[where])
 
     def _check_sequences(self) -> None:
         position = 0
         for begin in range(0, len(self._lengths), _CHECKED_AT_ONCE):
             lengths = self._lengths[begin : begin + _CHECKED_AT_ONCE]
             pointers = self._pointers[begin : begin + _CHECKED_AT_ONCE]
-            negative = np.flatnonzero(lengths < 0)
-            if len(negative):
-                where = int(negative[0])
-                raise self._refuse(f"length of sequence {begin + where}", "at least 0 tokens", lengths[where])
+            where = int((lengths < 0).argmax())
+            field = f"length of sequence {begin + where}"
+            self._require(lengths[where] >= 0, field, "at least 0 tokens", lengths[where])
             ends = position + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
             expected = np.concatenate(([position], ends[:-1]))
             # Megatron's writers leave no gaps, and a sample is a slice of one unbroken stream
-            astray = np.flatnonzero(pointers != expected)
-            if len(astray):
-                where = int(astray[0])
-                field = f"offset of sequence {begin + where}"
-                raise self._refuse(field, f"{expected[where]}, where the one before ends", pointers[where])
+            where = int((pointers != expected).argmax())
+            field, wanted = f"offset of sequence {begin + where}", f"{expected[where]}, where the one before ends"
+            self._require(pointers[where] == expected[where], field, wanted, pointers[where])
             position = int(ends[-1])
         found = self._bin_path.stat().st_size
         if found != position:

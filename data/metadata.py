@@ -31,7 +31,8 @@ class Metadata:
 
     def write(self, prefix: str | Path) -> None:
         """Writes `<prefix>.meta.json` atomically."""
-        write_whole(_path(prefix), (json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n").encode())
+        content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2)
+        write_whole(Path(f"{prefix}.meta.json"), f"{content}\n".encode())
 
     def tokenizer_of(self, prefix: str | Path) -> str:
         """The tokenizer as data.tokenizer takes it: a file's path starts from the folder of `prefix`."""
@@ -40,7 +41,7 @@ class Metadata:
 
 def read_metadata(prefix: str | Path) -> Metadata | None:
     """What stands in `<prefix>.meta.json`; None where it is absent. Raises CorruptDataError where it is unreadable."""
-    path = _path(prefix)
+    path = Path(f"{prefix}.meta.json")
     if not path.exists():
         return None
     try:
@@ -57,7 +58,3 @@ def read_metadata(prefix: str | Path) -> Metadata | None:
     if found != _FORMAT:
         raise CorruptDataError(f"{path}: format: expected {_FORMAT}, found {found}; prepare the data again")
     return metadata
-
-
-def _path(prefix: str | Path) -> Path:
-    return Path(f"{prefix}.meta.json")

@@ -1,11 +1,10 @@
 """Documents to a shuffled `.bin`/`.idx` pair that is whole or absent."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.documents import read_documents
 from data.errors import CorruptDataError
 from data.files import publish, sha256_of, temporary_directory, write_whole
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -26,23 +25,6 @@ class Prepared:
     """Documents without text."""
 
 
-def prepare(
-    inputs: Sequence[Path],
-    output_prefix: Path,
-    tokenizer_name: str,
-    seed: int,
-    json_key: str = "text",
-    separator: str | None = None,
-    report: Callable[[int, int], None] | None = None,
-) -> Prepared:
-    """Tokenises files (see `read_documents`) into `<output_prefix>.bin`, `.idx` and `.meta.json`.
-
-    `report` hears the documents and tokens so far. Raises DataPathError, TokenizerError or CorruptDataError.
-    """
-    documents = read_documents(inputs, json_key, separator)
-    return prepare_documents(documents, output_prefix, tokenizer_name, seed, report)
-
-
 def prepare_documents(
     documents: Iterable[str],
     output_prefix: Path,
@@ -50,9 +32,11 @@ def prepare_documents(
     seed: int,
     report: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Tokenises documents, each ended by an end-of-document token, shuffles them by `seed` and publishes the pair.
+    """Tokenises documents, each ended by an end-of-document token, and shuffles them by `seed` into
+    `<output_prefix>.bin`, `.idx` and `.meta.json`.
 
-    The tokens of one batch of documents are in memory, never all. Raises CorruptDataError where no document has text.
+    The tokens of one batch of documents are in memory, never all. `report` hears the documents and tokens so far.
+    Raises TokenizerError, CorruptDataError where no document has text, and what reading `documents` raises.
     """
     tokenizer = load_tokenizer(tokenizer_name)
     with temporary_directory(beside=output_prefix) as folder:

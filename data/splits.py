@@ -1,7 +1,6 @@
 """The training, validation and test data of a run, opened from its configuration."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from data.indexed_dataset import IndexedDataset
 from data.locations import data_prefix
 from data.metadata import read_metadata
 
-_NAMES = ("train", "validation", "test")
 _FINGERPRINTED = 1 << 20
 
 
@@ -44,25 +42,19 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
             f"not from the same preparation; prepare the data again"
         )
     starts = indexed.document_starts
+    opened: dict[str, GPTDataset] = {}
+    absent: dict[str, str] = {}
     ranges = split_documents(indexed.num_documents, config.split)
-
-    def open_split(split: int) -> GPTDataset:
-        first, end = ranges[split]
+    for name, (first, end) in zip(("train", "validation", "test"), ranges, strict=True):
+        start, stop = int(starts[first]), int(starts[end])
         try:
-            return GPTDataset(indexed, int(starts[first]), int(starts[end]), seq_length, seed, vocab_size=vocab_size)
+            opened[name] = GPTDataset(indexed, start, stop, seq_length, seed, vocab_size=vocab_size)
         except DataPathError as error:
             share = f"{end - first} of {indexed.num_documents} documents"
-            raise DataPathError(f"the {_NAMES[split]} split of {prefix} has {share} and {error}") from None
-
-    train = open_split(0)
-    others: list[GPTDataset | None] = []
-    absent: dict[str, str] = {}
-    for split in (1, 2):
-        try:
-            others.append(open_split(split))
-        except DataPathError as error:
-            others.append(None)
-            absent[_NAMES[split]] = str(error)
+            absent[name] = f"the {name} split of {prefix} has {share} and {error}"
+    if "train" in absent:
+        raise DataPathError(absent["train"])
+    train = opened["train"]
     fingerprint: dict[str, str | int] = {
         "documents": indexed.num_documents,
         "tokens": indexed.total_tokens,
@@ -71,20 +63,15 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
         "seq_length": seq_length,
         "seed": seed,
     }
-    return Splits(train, others[0], others[1], absent, fingerprint)
+    return Splits(train, opened.get("validation"), opened.get("test"), absent, fingerprint)
 
 
 def _content_digest(prefix: str) -> str:
     """SHA-256 of both files where they are small, else of both ends of each: the same with or without `.meta.json`."""
     digest = hashlib.sha256()
     for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
-        for part in _ends(path):
-            digest.update(part)
+        with path.open("rb") as handle:
+            digest.update(handle.read(_FINGERPRINTED))
+            handle.seek(max(handle.tell(), path.stat().st_size - _FINGERPRINTED))
+            digest.update(handle.read())
     return digest.hexdigest()
-
-
-def _ends(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as handle:
-        yield handle.read(_FINGERPRINTED)
-        handle.seek(max(handle.tell(), path.stat().st_size - _FINGERPRINTED))
-        yield handle.read()

@@ -14,9 +14,8 @@ from parallel.mesh import ParallelMesh
 class DataParallel:
     """A model whose gradients are summed over the data-parallel ranks.
 
-    `zero` says what a step costs: 3 gathers weights in forward and backward and reduces gradients every micro-batch,
-    2 gathers weights once a step, 1 also reduces once a step. Gradients are summed, never averaged: the loss is
-    divided once, by the tokens of the global batch.
+    `zero` is that of ParallelConfig. Gradients are summed, never averaged: the loss is divided once, by the tokens of
+    the global batch.
     """
 
     model: nn.Module

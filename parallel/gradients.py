@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import ParallelMesh
-from parallel.tensor import TensorParallel
+from parallel.tensor import TensorParallel, local
 
 
 def is_whole_on_each_rank(parameter: torch.Tensor) -> bool:
@@ -43,15 +43,13 @@ def sum_partial_gradients(parameters: Sequence[nn.Parameter], tensor: TensorPara
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=tensor.group)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
+    for gradient, piece in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
         gradient.copy_(piece.view_as(gradient))
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """The shards of gradients that lie on this rank; a parameter without a gradient has none."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def square_sum(parameters: Sequence[nn.Parameter], mesh: ParallelMesh) -> torch.Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from parallel.sharding import local_box, local_values, logical_shapes
 
@@ -33,37 +32,27 @@ def parameter_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def draw(value: Normal, shape: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
-    """A whole parameter in float32, whatever precision the run has, so that all precisions start alike."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, value.std, generator=generator)
-
-
 @torch.no_grad()
 def materialize(model: nn.Module, seed: int, device: torch.device, init_device: torch.device | None = None) -> None:
-    """Allocate a model built on the meta device and fill it, one parameter at a time.
+    """Allocate a model built on the meta device, sharded or not, on `device` and fill it, one parameter at a time.
 
     Every module that owns parameters names their `initial_values`. Bit-identical in every layout on one kind of
-    `init_device` (default: `device`).
-
-    Args:
-        model: sharded or not; parameters may be DTensors.
-        seed: the run's seed.
-        device: where the parameters live.
-        init_device: where they are drawn.
+    `init_device`, where they are drawn (default: `device`).
     """
     model.to_empty(device=device)
     shapes = logical_shapes(model)
+    origin = init_device or device
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{own_name}"
             initial: InitialValue = module.initial_values[own_name]
-            whole = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            whole.zero_()  # padding stays so
+            parameter.zero_()  # padding stays so
             box = local_box(parameter, shapes[name])
             values = local_values(parameter, box)
             if isinstance(initial, Constant):
                 values.fill_(initial.value)
             else:
-                drawn = draw(initial, shapes[name], parameter_seed(seed, name), init_device or device)
-                values.copy_(drawn[box.slices])
+                # In float32, whatever precision the run has, so that all precisions start alike.
+                generator = torch.Generator(origin).manual_seed(parameter_seed(seed, name))
+                whole = torch.empty(shapes[name], dtype=torch.float32, device=origin)
+                values.copy_(whole.normal_(0.0, initial.std, generator=generator)[box.slices])

@@ -4,28 +4,25 @@ Pickled bytes travel between a caller and its own ranks only, as `multiprocessin
 """
 
 import contextlib
-import datetime
 import multiprocessing
 import os
 import pickle
-import socket
-import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 PRELOADED = [
-    "torch",
     "torch._dynamo",
     "torch.distributed.checkpoint",
-    "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
-    "torch.distributed.tensor",
     "torch.distributed.tensor.parallel",
     "hypothesis",
     "pytest",
@@ -38,6 +35,11 @@ class RankError(Exception):
     """A rank died without an answer, ran out of time, or raised what cannot be sent to the caller."""
 
 
+Rank = tuple[ForkServerProcess, Connection]
+Answer = tuple[float, BaseException | None, Any]
+"""When a rank was done, what it raised, what it returned."""
+
+
 def run_ranks(
     world_size: int,
     function: Callable[..., Any],
@@ -47,109 +49,85 @@ def run_ranks(
 ) -> list[Any]:
     """Call the module-level `function(rank, world_size, *arguments)` on every rank; returns the results in rank order.
 
-    Each rank sees the caller's environment and computes on one thread. `initialize` gives it the default process group
-    (gloo); without it the rank gets what torchrun would set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT), for code that makes the group itself.
+    Each rank sees the caller's environment with what torchrun would set, and computes on one thread. `initialize` gives
+    it the default process group (gloo); without it the function makes the group itself.
 
     The first exception of a rank is raised here with a note that holds its traceback. Raises RankError where a rank
     dies or `timeout` seconds pass. Whatever happens, no rank outlives the call.
     """
-    call = pickle.dumps((function, arguments))
-    processes: list[ForkServerProcess] = []
-    connections: list[Connection] = []
-    with tempfile.TemporaryDirectory(prefix="kilotron-ranks-") as directory:
-        store = Path(directory, "store") if initialize else None
-        port = _free_port()
-        try:
-            for rank in range(world_size):
-                environment = dict(os.environ, OMP_NUM_THREADS="1")
-                if not initialize:
-                    environment |= _torchrun_environment(rank, world_size, port)
-                receiver, process = _start(rank, world_size, call, store, environment, timeout)
-                connections.append(receiver)
-                processes.append(process)
-            results = _collect(connections, processes, timeout)
-            deadline = time.monotonic() + SECONDS_TO_EXIT
-            for process in processes:
-                process.join(max(0.0, deadline - time.monotonic()))
-            return results
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-            for connection in connections:
-                connection.close()
-
-
-def _start(
-    rank: int, world_size: int, call: bytes, store: Path | None, environment: dict[str, str], timeout: float
-) -> tuple[Connection, ForkServerProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_rank_main, args=(sender, rank, world_size, call, store, environment, timeout))
-    process.start()
-    # The rank holds the only sending end from here on, so that its death is seen as the end of the stream.
-    sender.close()
-    return receiver, process
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR=store.host,
+        MASTER_PORT=str(store.port),
+        # As under torchrun: the store above is met, and rank 0 opens none of its own.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    call = pickle.dumps((function, arguments))
+    ranks: list[Rank] = []
+    try:
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            of_rank = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=_rank_main, args=(sender, call, of_rank, initialize, timeout))
+            process.start()
+            ranks.append((process, receiver))
+            # The rank holds the only sending end from here on, so that its death is seen as the end of the stream.
+            sender.close()
+        results = _collect(ranks, timeout)
+        deadline = time.monotonic() + SECONDS_TO_EXIT
+        for process, _ in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return results
+    finally:
+        for process, connection in ranks:
+            process.kill()
+            process.join()
+            connection.close()
 
 
-def _collect(connections: list[Connection], processes: list[ForkServerProcess], timeout: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(ranks: Sequence[Rank], timeout: float) -> list[Any]:
+    answers: dict[int, Answer] = {}
     deadline = time.monotonic() + timeout
-    while missing := [rank for rank in range(len(connections)) if rank not in results]:
-        ready = wait([connections[rank] for rank in missing], max(0.0, deadline - time.monotonic()))
+    while missing := [rank for rank in range(len(ranks)) if rank not in answers]:
+        ready = wait([ranks[rank][1] for rank in missing], max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankError(f"ranks {missing} did not answer within {timeout:g} s")
-        failures = []
-        for rank in missing:
-            if connections[rank] not in ready:
-                continue
-            try:
-                when, error, value = pickle.loads(connections[rank].recv_bytes())  # noqa: S301 - our own child's bytes
-            except EOFError:
-                processes[rank].join(SECONDS_TO_EXIT)
-                died = RankError(f"rank {rank} died without an answer, exit code {processes[rank].exitcode}")
-                failures.append((float("-inf"), rank, died))
-                continue
-            if error is not None:
-                failures.append((when, rank, error))
-            results[rank] = value
+        answers |= {rank: _answer_of(rank, *ranks[rank]) for rank in missing if ranks[rank][1] in ready}
+        failures = [(when, error) for when, error, _ in answers.values() if error is not None]
         if failures:
             # Peers of a failed rank fail a moment later with less telling messages.
-            raise min(failures, key=lambda failure: failure[:2])[2]
-    return [results[rank] for rank in range(len(connections))]
+            raise min(failures, key=lambda failure: failure[0])[1]
+    return [answers[rank][2] for rank in range(len(ranks))]
 
 
-def _rank_main(
-    sender: Connection,
-    rank: int,
-    world_size: int,
-    call: bytes,
-    store: Path | None,
-    environment: dict[str, str],
-    timeout: float,
-) -> None:
+def _answer_of(rank: int, process: ForkServerProcess, connection: Connection) -> Answer:
+    try:
+        answer: Answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - our own child's bytes
+    except EOFError:
+        process.join(SECONDS_TO_EXIT)
+        died = RankError(f"rank {rank} died without an answer, exit code {process.exitcode}")
+        return float("-inf"), died, None
+    return answer
+
+
+def _rank_main(sender: Connection, call: bytes, environment: dict[str, str], initialize: bool, timeout: float) -> None:
     # The server's environment is that of the moment it was started, not the caller's.
     os.environ.clear()
     os.environ.update(environment)
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
-    answer: tuple[float, BaseException | None, Any]
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
-        if store is not None:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(str(store), world_size),  # type: ignore[attr-defined]
-                rank=rank,
-                world_size=world_size,
-                timeout=datetime.timedelta(seconds=timeout),
-            )
+        if initialize:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         function, arguments = pickle.loads(call)  # noqa: S301 - our own parent's bytes
-        answer = (time.monotonic(), None, function(rank, world_size, *arguments))
-        payload = pickle.dumps(answer)
+        result = function(rank, world_size, *arguments)
+        payload = pickle.dumps((time.monotonic(), None, result))
     except BaseException as error:
         payload = _failure(rank, error)
     sender.send_bytes(payload)
@@ -169,20 +147,3 @@ def _failure(rank: int, error: BaseException) -> bytes:
     except Exception:
         payload = pickle.dumps((when, RankError(note), None))
     return payload
-
-
-def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -1,5 +1,7 @@
 """The one object that knows how ranks are laid out; it is passed to whatever communicates."""
 
+from typing import cast
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -10,9 +12,7 @@ from parallel.tensor import TensorParallel
 class ParallelMesh:
     """Ranks as a grid (dp_replicate, dp_shard, tp): neighbours in rank share weight matrices, the most talkative way.
 
-    Args:
-        config: resolved; its sizes multiply to the world size.
-        device_type: "cpu" or "cuda".
+    `config` is resolved: its sizes multiply to the world size. `device_type` is "cpu" or "cuda".
     """
 
     def __init__(self, config: ParallelConfig, device_type: str) -> None:
@@ -22,18 +22,12 @@ class ParallelMesh:
         self.dp_size = config.dp
         self.dp_replicate_rank = self.device_mesh.get_local_rank("dp_replicate")
         self.dp_rank = self.dp_replicate_rank * config.dp_shard + self.device_mesh.get_local_rank("dp_shard")
-        self.tp_rank = self.device_mesh.get_local_rank("tp")
-        self.tensor = TensorParallel(
-            self.device_mesh["tp"] if config.tp > 1 else None, sequence=config.sequence_parallel
-        )
+        self.tp_size, self.tp_rank = config.tp, self.device_mesh.get_local_rank("tp")
+        sharing = self.device_mesh["tp"] if config.tp > 1 else None
+        self.tensor = TensorParallel(sharing, sequence=config.sequence_parallel)
         """What layers are built with."""
         self.data_group = self._data_group(config)
         """The ranks that feed different samples: sums over a global batch run over it."""
-
-    @property
-    def tp_size(self) -> int:
-        """Ranks that share each weight matrix."""
-        return self.tensor.size
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -43,12 +37,8 @@ class ParallelMesh:
 
     def _data_group(self, config: ParallelConfig) -> dist.ProcessGroup:
         if config.tp == 1:
-            if dist.group.WORLD is None:
-                raise RuntimeError("the process group is not initialised")
-            return dist.group.WORLD
+            return cast(dist.ProcessGroup, dist.group.WORLD)
         if config.dp_replicate == 1:
             return self.device_mesh.get_group("dp_shard")
-        # Every rank makes every group, its own and those it is not in.
         columns = self.device_mesh.mesh.reshape(-1, config.tp).t().tolist()
-        groups = [dist.new_group(column) for column in columns]
-        return groups[self.tp_rank]
+        return cast(dist.ProcessGroup, dist.new_subgroups_by_enumeration(columns)[0])

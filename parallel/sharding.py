@@ -36,11 +36,9 @@ def local_box(tensor: torch.Tensor, shape: torch.Size, coordinate: Sequence[int]
     offsets, lengths = [0] * len(shape), list(tensor.shape)
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
+        names = mesh.mesh_dim_names or ()
         place = mesh.get_coordinate() or () if coordinate is None else coordinate
-        for name in ("tp", "dp_shard"):
-            if name not in (mesh.mesh_dim_names or ()):
-                continue
-            dimension = (mesh.mesh_dim_names or ()).index(name)
+        for dimension in [names.index(name) for name in ("tp", "dp_shard") if name in names]:
             placement = tensor.placements[dimension]
             if placement.is_replicate():
                 continue

@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that reach P together"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the likeliest that reach P together")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument("--step", default="auto", help="checkpoint to take (default: the newest valid one)")
 

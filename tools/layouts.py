@@ -4,7 +4,7 @@ import argparse
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data.errors import DataPathError, TokenizerError
@@ -45,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the table. Raises ConfigError where the settings are wrong or nothing is legal."""
     config = compose(arguments.overrides)
     if config.world_size is None:
-        config = replace(config, world_size=_started_ranks(os.environ))
+        started = os.environ.get("WORLD_SIZE", "")
+        if not started.isdecimal():
+            raise ConfigError("the number of ranks is missing; say world_size=N, such as world_size=64")
+        config = replace(config, world_size=int(started))
     config, note = without_missing_data(config)
     kept = {word.lstrip("+").partition("=")[0] for word in arguments.overrides}
     layouts = find_layouts(config, [name for name in DIMENSIONS if f"parallel.{name}" in kept])
@@ -54,13 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"no layout of {config.world_size} ranks is legal", *reasons)
     print("\n".join([*_table(layouts), *note]))
     return 0
-
-
-def _started_ranks(environment: Mapping[str, str]) -> int:
-    started = environment.get("WORLD_SIZE", "")
-    if not started.isdecimal():
-        raise ConfigError("the number of ranks is missing; say world_size=N, such as world_size=64")
-    return int(started)
 
 
 def without_missing_data(config: RunConfig) -> tuple[RunConfig, list[str]]:

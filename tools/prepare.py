@@ -20,18 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prepares the data and says what it wrote. Raises the errors of `data.preparation.prepare`."""
-    from data.preparation import prepare
+    """Prepares the data and says what it wrote. Raises DataPathError, TokenizerError or CorruptDataError."""
+    from data.documents import read_documents
+    from data.preparation import prepare_documents
 
-    prepared = prepare(
-        arguments.inputs,
-        Path(arguments.output),
-        arguments.tokenizer,
-        arguments.seed,
-        arguments.json_key,
-        arguments.document_separator,
-        _show_progress,
-    )
+    documents = read_documents(arguments.inputs, arguments.json_key, arguments.document_separator)
+    output = Path(arguments.output)
+    prepared = prepare_documents(documents, output, arguments.tokenizer, arguments.seed, _show_progress)
     metadata = prepared.metadata
     skipped = f" ({prepared.skipped:,} without text skipped)" if prepared.skipped else ""
     print(

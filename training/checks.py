@@ -1,6 +1,7 @@
 """What a configuration must satisfy: each rule is a small function that says what is wrong, why, and what works."""
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -46,22 +47,15 @@ def show(value: Any) -> str:
 
 def check_ranges(config: RunConfig) -> Iterator[str]:
     """Numbers are finite and within the bounds that their field declares. The other rules divide by some of them."""
+    bounds = (("min", "at least", operator.ge), ("above", "above", operator.gt), ("below", "below", operator.lt))
     for key, item, value in each_setting(config):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 yield f"{key}={value}: must be a finite number"
             elif isinstance(number, (int, float)):
-                yield from (f"{key}={value}: must be {bound}" for bound in _broken_bounds(number, item))
-
-
-def _broken_bounds(number: float, item: "Field[Any]") -> Iterator[str]:
-    bounds = item.metadata
-    if "min" in bounds and number < bounds["min"]:
-        yield f"at least {bounds['min']}"
-    if "above" in bounds and number <= bounds["above"]:
-        yield f"above {bounds['above']}"
-    if "below" in bounds and number >= bounds["below"]:
-        yield f"below {bounds['below']}"
+                for name, words, holds in bounds:
+                    if name in item.metadata and not holds(number, item.metadata[name]):
+                        yield f"{key}={value}: must be {words} {item.metadata[name]}"
 
 
 def check_choices(config: RunConfig) -> Iterator[str]:
@@ -87,17 +81,12 @@ def check_vocabulary(config: RunConfig, tokens: int, source: str) -> Iterator[st
 
 
 def check_heads(config: RunConfig) -> Iterator[str]:
-    """Heads cut the hidden size into equal widths, where no width is given."""
+    """Heads cut the hidden size into equal widths, where no width is given, and groups of them are of equal size."""
     model = config.model
-    heads, hidden = model.num_attention_heads, model.hidden_size
+    heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
     if model.head_dim is None and hidden % heads:
         near = _near_divisors(heads, hidden)
         yield f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; try {near}"
-
-
-def check_query_groups(config: RunConfig) -> Iterator[str]:
-    """Every key/value head serves equally many query heads."""
-    heads, groups = config.model.num_attention_heads, config.model.query_groups
     if heads % groups:
         near = _near_divisors(groups, heads)
         yield f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; try {near}"
@@ -105,22 +94,18 @@ def check_query_groups(config: RunConfig) -> Iterator[str]:
 
 def check_rotary(config: RunConfig) -> Iterator[str]:
     """Rotary embedding turns pairs of channels."""
-    model = config.model
-    size = model.head_size
+    model, size = config.model, config.model.head_size
+    heads, hidden = model.num_attention_heads, model.hidden_size
     if model.position_embedding != "rope" or size % 2 == 0:
         return
     if model.head_dim is not None:
-        yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {_either(size - 1, size + 1)}"
-    elif model.hidden_size % model.num_attention_heads == 0:
-        even = [heads for heads in divisors(model.hidden_size) if model.hidden_size // heads % 2 == 0]
-        advice = (
-            f"try model.num_attention_heads={_nearest(model.num_attention_heads, even)}"
-            if even
-            else "set model.head_dim"
-        )
+        yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {_multiples_near(size, 2)}"
+    elif hidden % heads == 0:
+        even = [number for number in divisors(hidden) if hidden // number % 2 == 0]
+        advice = f"try model.num_attention_heads={_nearest(heads, even)}" if even else "set model.head_dim"
         yield (
-            f"model.hidden_size={model.hidden_size} / model.num_attention_heads={model.num_attention_heads} gives "
-            f"heads of odd width {size}, but rope turns pairs of channels; {advice}"
+            f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives heads of odd width {size}, "
+            f"but rope turns pairs of channels; {advice}"
         )
 
 
@@ -162,13 +147,7 @@ def check_world(config: RunConfig) -> Iterator[str]:
         yield "parallel.dp_shard=0: use -1 for all ranks that remain, or at least 1"
         return
     remains = layout.dp_shard == -1
-    sizes = {
-        "pp": layout.pp,
-        "dp_replicate": layout.dp_replicate,
-        "dp_shard": max(layout.dp_shard, 1),
-        "cp": layout.cp,
-        "tp": layout.tp,
-    }
+    sizes = {key: max(getattr(layout, key), 1) for key in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     product = math.prod(sizes.values())
     if world == product or (remains and world % product == 0):
         return
@@ -260,10 +239,8 @@ def check_tensor_sequence(config: RunConfig) -> Iterator[str]:
     """With sequence parallelism each tensor-parallel rank holds an equal part of every sequence."""
     tp, length, model = config.parallel.tp, config.seq_length, config.model
     if config.parallel.sequence_parallel and "sequence" in _cut_unequally(config, tp):
-        limit = model.max_position_embeddings if model.position_embedding == "learned" else length + tp
-        near = _nearest(
-            length, [number for number in (length // tp * tp, length // tp * tp + tp) if 0 < number <= limit]
-        )
+        limit = model.max_position_embeddings if model.position_embedding == "learned" else math.inf
+        near = _multiples_near(length, tp, limit)
         yield (
             f"parallel.tp={tp} does not divide data.seq_length={length}, but sequence parallelism gives every rank an "
             f"equal part; try {f'data.seq_length={near}, or ' if near else ''}parallel.sequence=false"
@@ -272,26 +249,22 @@ def check_tensor_sequence(config: RunConfig) -> Iterator[str]:
 
 def check_batch(config: RunConfig) -> Iterator[str]:
     """Every data-parallel rank takes the same whole number of micro-batches."""
-    ranks, train = config.parallel.dp, config.train
-    micro = train.micro_batch_size or 1
+    ranks, micro, schedule = config.parallel.dp, config.train.micro_batch_size, config.train.batch_schedule
+    stated = "train.global_batch_size=" if schedule is None else f"train.batch_schedule={schedule!r}: "
     try:
         sizes = config.batches.sizes
     except ValueError as error:
-        yield f"train.batch_schedule={train.batch_schedule!r}: {error}"
+        yield f"{stated}{error}"
         return
-    scheduled = train.batch_schedule is not None
-    key = f"train.batch_schedule={train.batch_schedule!r}: " if scheduled else "train.global_batch_size="
-    why = f"{ranks} data-parallel ranks"
-    if train.micro_batch_size is not None:
-        why += f" * train.micro_batch_size={micro}"
+    unit = ranks * (micro or 1)
+    why = f"{ranks} data-parallel ranks" + (f" * train.micro_batch_size={micro}" if micro else "")
     for size in sizes if ranks >= 1 else []:
-        if size % (ranks * micro) == 0:
+        if size % unit == 0:
             continue
-        advice = ("" if scheduled else key) + _multiples_near(size, ranks * micro)
-        if train.micro_batch_size is not None and not any(each % ranks for each in sizes):
-            share = math.gcd(*sizes) // ranks
-            advice += f", or train.micro_batch_size={_near_divisors(micro, share)}"
-        yield f"{key}{size} is not divisible by {why}; try {advice}"
+        advice = (stated if schedule is None else "") + _multiples_near(size, unit)
+        if micro and not any(each % ranks for each in sizes):
+            advice += f", or train.micro_batch_size={_near_divisors(micro, math.gcd(*sizes) // ranks)}"
+        yield f"{stated}{size} is not divisible by {why}; try {advice}"
 
 
 def check_parameter_groups(config: RunConfig) -> Iterator[str]:
@@ -355,6 +328,7 @@ def check_split(config: RunConfig) -> Iterator[str]:
 def check_checkpoint(config: RunConfig) -> Iterator[str]:
     """What a start takes up is well-formed, and is there."""
     resume, load = config.checkpoint.resume, config.checkpoint.load
+    example = "it is a directory like RUN_DIR/checkpoints/step_00000100"
     if resume not in ("auto", "never") and not resume.isdecimal():
         guess = closest(resume, ("auto", "never")) or "auto"
         yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
@@ -362,15 +336,11 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
         yield from _hugging_face_problems(config, load)
     elif load is not None and not Path(load).is_dir():
         near = closest(Path(load).name, _folders(Path(load).parent))
-        advice = (
-            f"nearest: {Path(load).parent / near}"
-            if near
-            else "it is a directory like RUN_DIR/checkpoints/step_00000100"
-        )
+        advice = f"nearest: {Path(load).parent / near}" if near else example
         yield f"checkpoint.load={load}: there is no such directory; {advice}"
     elif load is not None and not (Path(load) / "manifest.json").is_file():
         steps = sorted(Path(load).glob("**/step_*[0-9]"))
-        advice = f"try {steps[-1]}" if steps else "it is a directory like RUN_DIR/checkpoints/step_00000100"
+        advice = f"try {steps[-1]}" if steps else example
         yield f"checkpoint.load={load} is no checkpoint; {advice}"
 
 
@@ -410,7 +380,6 @@ def check_name(config: RunConfig) -> Iterator[str]:
 RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_name,
     check_heads,
-    check_query_groups,
     check_rotary,
     check_rotary_scaling,
     check_positions,
@@ -444,16 +413,13 @@ def _nearest(wanted: int, legal: list[int]) -> str:
     """The nearest legal values on both sides of `wanted`, as advice."""
     below = [value for value in legal if value <= wanted][-1:]
     above = [value for value in legal if value > wanted][:1]
-    return _either(*below, *above)
+    return " or ".join(map(str, below + above))
 
 
 def _near_divisors(wanted: int, number: int) -> str:
     return _nearest(wanted, divisors(number))
 
 
-def _multiples_near(number: int, unit: int) -> str:
-    return _nearest(number, [multiple for multiple in (number // unit * unit, (number // unit + 1) * unit) if multiple])
-
-
-def _either(*values: int) -> str:
-    return " or ".join(str(value) for value in values if value > 0)
+def _multiples_near(number: int, unit: int, limit: float = math.inf) -> str:
+    below = number // unit * unit
+    return _nearest(number, [multiple for multiple in (below, below + unit) if 0 < multiple <= limit])

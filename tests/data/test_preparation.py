@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from data.documents import read_documents
 from data.errors import CorruptDataError, DataPathError, TokenizerError
 from data.indexed_dataset import IndexedDataset
-from data.preparation import prepare, prepare_documents
+from data.preparation import prepare_documents
 from data.tokenizer import load_tokenizer, save_tiktoken, train_tokenizer
 from tests.data.independent_reader import read_independently
 
@@ -85,7 +86,8 @@ def test_documents_without_text_are_counted(tmp_path: Path) -> None:
 def test_files_in_one_go(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one##two")
     (tmp_path / "b.jsonl").write_text('{"body": "three"}')
-    prepare([tmp_path], tmp_path / "out", "bytes", seed=0, json_key="body", separator="##")
+    documents = read_documents([tmp_path], json_key="body", separator="##")
+    prepare_documents(documents, tmp_path / "out", "bytes", seed=0)
     assert sorted(texts_of(tmp_path / "out")) == ["one", "three", "two"]
 
 
@@ -98,10 +100,10 @@ def test_a_failure_leaves_nothing_and_spoils_nothing(
 ) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{')
-    prepare([tmp_path / "a.txt"], tmp_path / "out" / "a", "bytes", seed=0)
+    prepare_documents(read_documents([tmp_path / "a.txt"]), tmp_path / "out" / "a", "bytes", seed=0)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(error):
-        prepare([tmp_path / name], tmp_path / "out" / "a", tokenizer, seed=0)
+        prepare_documents(read_documents([tmp_path / name]), tmp_path / "out" / "a", tokenizer, seed=0)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert len(before) == 3
 

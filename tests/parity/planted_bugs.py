@@ -52,10 +52,10 @@ def row_bias_gradient_not_summed():
 def gradient_scaled_by_ranks():
     """The backward pass of a sum whose gradient every rank has already sums once more."""
 
-    def backward(ctx, gradient):
-        return dist.get_world_size(ctx.group) * gradient, None
+    def of_gradient(gradient, group):
+        return dist.get_world_size(group) * gradient
 
-    parallel.collectives._Sum.backward = staticmethod(backward)
+    parallel.collectives.copy_to_ranks = of_gradient
 
 
 def bias_on_every_rank():

@@ -50,7 +50,7 @@ def test_an_interruption_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.preparation.prepare", interrupt)
+    monkeypatch.setattr("data.documents.read_documents", interrupt)
     assert main(["prepare", "a", "--output", "b", "--tokenizer", "bytes"]) == 130
 
 
@@ -58,6 +58,6 @@ def test_a_fault_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("data.preparation.prepare", fail)
+    monkeypatch.setattr("data.documents.read_documents", fail)
     with pytest.raises(ZeroDivisionError):
         main(["prepare", "a", "--output", "b", "--tokenizer", "bytes"])
