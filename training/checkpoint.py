@@ -12,20 +12,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from parallel.process_group import on_rank_zero
 from training.checkpoint_storage import CheckpointReader, CheckpointWriter, step_directories, tidy
 from training.errors import StorageError
-from training.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
+from training.manifest import Manifest, read_manifest, verify
 
-__all__ = [
-    "Manifest",
-    "choose_checkpoint",
-    "find_checkpoints",
-    "load_checkpoint",
-    "read_manifest",
-    "save_checkpoint",
-    "verify",
-]
-
+__all__ = ["choose_checkpoint", "load_checkpoint", "read_manifest", "save_checkpoint", "verify"]
 DIRECTORY = "checkpoints"
 
 
@@ -68,33 +60,20 @@ def load_checkpoint(path: Path, manifest: Manifest, tensors: dict[str, torch.Ten
         raise _translate(error, f"loading {path}") from error
 
 
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, newest first; whether their files are intact is for `verify` to say."""
-    return [path for _, path in step_directories(run_dir / DIRECTORY) if (path / MANIFEST_NAME).is_file()]
-
-
 def choose_checkpoint(run_dir: Path, resume: str, verify_mode: str) -> tuple[Path, Manifest] | None:
     """The checkpoint to continue from: with resume=auto the newest valid one, else the one of step number `resume`.
 
     Collective over the default process group: rank 0 looks, and names what it skips on stderr. None where auto finds no
     checkpoint at all. Raises StorageError on every rank where all are invalid, or the wanted step is not there.
     """
-    answer: list[tuple[Path, Manifest] | StorageError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_choose(run_dir / DIRECTORY, resume, verify_mode)]
-        except StorageError as error:
-            answer = [error]
-        except OSError as error:
-            answer = [StorageError(f"{run_dir / DIRECTORY}: cannot be read: {error}")]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], StorageError):
-        raise answer[0]
-    return answer[0]
+    return on_rank_zero(lambda: _choose(run_dir / DIRECTORY, resume, verify_mode))
 
 
 def _choose(directory: Path, resume: str, verify_mode: str) -> tuple[Path, Manifest] | None:
-    found = step_directories(directory)
+    try:
+        found = step_directories(directory)
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be read: {error}") from error
     steps = ", ".join(str(step) for step, _ in found) or "none"
     if resume != "auto":
         found = [(step, path) for step, path in found if str(step) == resume]

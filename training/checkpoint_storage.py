@@ -7,45 +7,34 @@ import dataclasses
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import secrets
 import shutil
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from data.files import sync
+from data.files import sync, write_whole
 from training.errors import StorageError
 from training.manifest import DTYPES, MANIFEST_NAME, Chunk, FileEntry, Manifest, TensorEntry, encode_manifest
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-HEADER_LENGTH = struct.Struct("<Q")
 TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
 
@@ -65,17 +54,26 @@ def step_directories(directory: Path) -> list[tuple[int, Path]]:
 
 def tidy(directory: Path) -> None:
     """Remove what interrupted saves left under `directory`. Only for the run that saves there."""
-    for path in list(directory.glob(f"step_*{REPLACED}")):
-        if path.with_suffix("").exists():
-            shutil.rmtree(path, ignore_errors=True)
-    for path in list(directory.glob(f"*{TEMPORARY}*")):
+    replaced = [path for path in directory.glob(f"step_*{REPLACED}") if path.with_suffix("").exists()]
+    for path in [*replaced, *directory.glob("*.tmp*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-class CheckpointWriter(StorageWriter):
+class _OneCheckpoint:
+    """What torch asks of storage that could be sent from checkpoint to checkpoint; ours is made for one."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, *_: Any) -> bool:
+        return True
+
+    def reset(self, *_: Any) -> None:
+        pass
+
+
+class CheckpointWriter(_OneCheckpoint, StorageWriter):
     """Writes `<directory>/step_XXXXXXXX` so that it is either complete or invisible, then keeps the newest `keep`.
 
     Every rank streams its share into a file of a temporary directory; the coordinator writes the manifest last, renames
@@ -90,14 +88,6 @@ class CheckpointWriter(StorageWriter):
         self._state = state
         self._keep = keep
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Only paths name a checkpoint."""
-        return isinstance(checkpoint_id, (str, os.PathLike))
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a writer writes one checkpoint, where it was told to at the start."""
-
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
         """Refuse a state that is not finite JSON before a byte is written. Raises ValueError or TypeError."""
         if is_coordinator:
@@ -108,14 +98,20 @@ class CheckpointWriter(StorageWriter):
 
         Raises TypeError for what is no tensor, or of a dtype that safetensors files cannot hold.
         """
-        items = [item for item in plan.items if 0 not in _data(item).chunk.sizes or 0 in _data(item).size]
+        items = []
+        for item in plan.items:
+            data = item.tensor_data
+            if data is None or data.properties.dtype not in DTYPE_NAMES:
+                raise TypeError(f"{item.index.fqn} is no tensor of a dtype that a checkpoint can hold")
+            if 0 not in data.chunk.sizes or 0 in data.size:
+                items.append(item)
         return dataclasses.replace(plan, items=items)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the temporary directory, on the coordinator, and tell every rank its name."""
         self._directory.mkdir(parents=True, exist_ok=True)
         tidy(self._directory)
-        temporary = self.target.with_name(f"{self.target.name}{TEMPORARY}{secrets.token_hex(4)}")
+        temporary = _temporary_name(self.target)
         temporary.mkdir()
         return [dataclasses.replace(plan, storage_data=temporary.name) for plan in plans]
 
@@ -123,36 +119,29 @@ class CheckpointWriter(StorageWriter):
         """Write this rank's file, where it has anything to write, and make it durable."""
         self._temporary = self._directory / plan.storage_data
         future: Future[list[WriteResult]] = Future()
-        future.set_result(self._write_file(plan.items, planner) if plan.items else [])
+        future.set_result(self._write_file(plan, planner) if plan.items else [])
         return future
 
-    def _write_file(self, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name = f"rank_{dist.get_rank():05d}.safetensors"
+        tensors = [(item.index, cast(torch.Tensor, planner.resolve_data(item))) for item in plan.items]
         # Widest numbers first: then each tensor starts at a multiple of its own item size.
-        items = sorted(items, key=lambda item: _data(item).properties.dtype.itemsize, reverse=True)
-        boxes = [_data(item).chunk for item in items]
-        keys, header, size = safetensors_layout(
-            [
-                (item.index.fqn, _data(item).properties.dtype, tuple(box.sizes))
-                for item, box in zip(items, boxes, strict=True)
-            ]
-        )
-        digest = hashlib.sha256()
+        tensors.sort(key=lambda entry: entry[1].dtype.itemsize, reverse=True)
+        keys, header, size = safetensors_layout([(at.fqn, tensor.dtype, tuple(tensor.shape)) for at, tensor in tensors])
+        digest = hashlib.sha256(header)
         with (self._temporary / name).open("xb") as file:
-            for piece in _pieces(header, items, planner):
-                digest.update(piece)
-                file.write(piece)
+            file.write(header)
+            for _, tensor in tensors:
+                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                digest.update(content)
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if file.tell() != size:
-                raise ValueError(f"{name}: wrote {file.tell()} bytes where the plan has {size}")
         entry = FileEntry(size, digest.hexdigest())
-        results = []
-        for item, key, box in zip(items, keys, boxes, strict=True):
-            chunk = Chunk(name, key, tuple(box.offsets), tuple(box.sizes))
-            size = math.prod(box.sizes) * _data(item).properties.dtype.itemsize
-            results.append(WriteResult(item.index, size, (chunk, entry)))
-        return results
+        return [
+            WriteResult(at, tensor.nbytes, (Chunk(name, key, tuple(at.offset or ()), tuple(tensor.shape)), entry))
+            for key, (at, tensor) in zip(keys, tensors, strict=True)
+        ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the manifest, make the checkpoint visible and remove those that are not to be kept."""
@@ -166,14 +155,9 @@ class CheckpointWriter(StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        manifest = encode_manifest(Manifest(self._step, self._state, files, tensors))
-        _write_durably(self._temporary / MANIFEST_NAME, manifest)
-        sync(self._temporary)
+        write_whole(self._temporary / MANIFEST_NAME, encode_manifest(Manifest(self._step, self._state, files, tensors)))
         self._make_visible()
-        latest = self._directory / f"latest{TEMPORARY}{secrets.token_hex(4)}"
-        _write_durably(latest, f"{self.target.name}\n".encode())
-        latest.rename(self._directory / "latest")
-        sync(self._directory)
+        write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
         self._remove_others()
 
     def _make_visible(self) -> None:
@@ -191,26 +175,16 @@ class CheckpointWriter(StorageWriter):
         for _, path in found:
             if path not in complete[: self._keep]:
                 # Renamed first, so that a checkpoint that is half removed is invisible.
-                doomed = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(4)}")
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                shutil.rmtree(path.rename(_temporary_name(path)), ignore_errors=True)
 
 
-class CheckpointReader(StorageReader):
+class CheckpointReader(_OneCheckpoint, StorageReader):
     """Reads the parts of a checkpoint that this rank's `tensors` need, out of the files that hold them."""
 
     def __init__(self, directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
         self._directory = directory
         self._manifest = manifest
         self._tensors = tensors
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Only paths name a checkpoint."""
-        return isinstance(checkpoint_id, (str, os.PathLike))
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a reader reads one checkpoint, which it was given at the start."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """The manifest's tensors in the planner's terms."""
@@ -240,11 +214,9 @@ class CheckpointReader(StorageReader):
             raise StorageError(f"the checkpoint does not fit this model: {'; '.join(problems[:5])}{more}")
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The planner's own plan."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The planner's own plans."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -252,7 +224,8 @@ class CheckpointReader(StorageReader):
         by_file: dict[str, list[tuple[ReadItem, Chunk]]] = defaultdict(list)
         for item in plan.items:
             if 0 not in item.lengths:
-                chunk = self._chunk(item.storage_index)
+                chunks = self._manifest.tensors[item.storage_index.fqn].chunks
+                chunk = next(chunk for chunk in chunks if chunk.offsets == item.storage_index.offset)
                 by_file[chunk.file].append((item, chunk))
         for name, requests in by_file.items():
             file = SafetensorsFile(self._directory / name, self._manifest.files[name].size)
@@ -267,46 +240,30 @@ class CheckpointReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _chunk(self, index: MetadataIndex) -> Chunk:
-        chunks = self._manifest.tensors[index.fqn].chunks
-        if index.index is not None and chunks[index.index].offsets == index.offset:
-            return chunks[index.index]
-        return next(chunk for chunk in chunks if chunk.offsets == index.offset)
-
 
 class SafetensorsFile:
     """A safetensors file, mapped: only the pages that are touched are read."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Raise StorageError where `path` is not `size` bytes long or has no header, OSError where it will not open."""
+        """Raise StorageError where `path` is not `size` bytes long or damaged, OSError where it will not open."""
         self._path = path
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size or size < HEADER_LENGTH.size:
-                raise StorageError(f"{path}: expected {size} bytes, found {found}")
-            # Private pages: torch wants memory that may be written to.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        (length,) = HEADER_LENGTH.unpack_from(self._bytes)
-        self._start = HEADER_LENGTH.size + length
+        if (found := path.stat().st_size) != size:
+            raise StorageError(f"{path}: expected {size} bytes, found {found}")
         try:
-            self._header = json.loads(self._bytes[HEADER_LENGTH.size : self._start])
-        except (RecursionError, ValueError) as error:
+            self._file = safe_open(path, "pt")
+        except SafetensorError as error:
             raise StorageError(f"{path}: damaged header: {error}") from error
 
     def tensor(self, key: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor [shape] under `key`, backed by the file. Raises StorageError where the file has another one."""
-        count = math.prod(shape)
         try:
-            entry = self._header[key]
-            begin, end = entry["data_offsets"]
-            expected = (dtype, list(shape), count * TORCH_DTYPES[dtype].itemsize)
-            if (entry["dtype"], entry["shape"], end - begin) != expected or not 0 <= begin <= end:
-                raise ValueError(f"expected {dtype} {list(shape)}, found {entry}")
-            return torch.frombuffer(
-                self._bytes, dtype=TORCH_DTYPES[dtype], count=count, offset=self._start + begin
-            ).reshape(shape)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{self._path}: damaged header: tensor {key!r}: {error!r}") from error
+            tensor: torch.Tensor = self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise StorageError(f"{self._path}: damaged header: tensor {key!r}: {error}") from error
+        wanted, found = (TORCH_DTYPES[dtype], list(shape)), (tensor.dtype, list(tensor.shape))
+        if found != wanted:
+            raise StorageError(f"{self._path}: damaged header: tensor {key!r}: expected {wanted}, found {found}")
+        return tensor
 
 
 def safetensors_layout(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[str], bytes, int]:
@@ -327,24 +284,8 @@ def safetensors_layout(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) 
         keys.append(key)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return keys, HEADER_LENGTH.pack(len(text)) + text, HEADER_LENGTH.size + len(text) + end
+    return keys, struct.pack("<Q", len(text)) + text, 8 + len(text) + end
 
 
-def _data(item: WriteItem) -> TensorWriteData:
-    if item.tensor_data is None or item.tensor_data.properties.dtype not in DTYPE_NAMES:
-        raise TypeError(f"{item.index.fqn} is no tensor of a dtype that a checkpoint can hold")
-    return item.tensor_data
-
-
-def _pieces(header: bytes, items: list[WriteItem], planner: SavePlanner) -> Iterator[bytes | memoryview]:
-    yield header
-    for item in items:
-        tensor = cast(torch.Tensor, planner.resolve_data(item))
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(4)}")

@@ -20,7 +20,7 @@ from training.checks import check_choices, check_ranges, check_relations, check_
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.overrides import check_overrides, expand_sweep, thawed_schema
-from training.settings import CONF, describe_type, setting_types, unknown_key
+from training.settings import CONF, describe_type, setting_types, unknown
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
@@ -45,7 +45,7 @@ def _composing_problem(message: str) -> str:
     where = next((f" (conf/{name}.yaml)" for name in re.findall("^In '([^']*)'", message)), "")
     key = next(iter(re.findall(r"full_key: (\S+)", message)), None)
     if key is not None and "not in '" in message:
-        return unknown_key(key) + where
+        return unknown(f"key {key}", key) + where
     if key in setting_types() and "interpolation" not in message.lower():
         return f"{key}: {lines[1] if where else lines[0]}{where}; expected {describe_type(setting_types()[key])}"
     shown = [line for line in lines if not line.startswith(("full_key", "reference_type", "object_type"))]

@@ -54,23 +54,15 @@ EXAMPLES = (
 
 def field_docs(schema: type[Any] = RunConfig, prefix: str = "") -> dict[str, str]:
     """The docstring of every key, such as `train.steps`, read from the source of the dataclasses."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
-    body = next(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-    written = {
-        statement.target.id: inspect.cleandoc(following.value.value)
-        for statement, following in pairwise(body)
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
-    }
     docs: dict[str, str] = {}
+    # Level by level, so statements of the class come one after another.
+    for statement, following in pairwise(ast.walk(ast.parse(inspect.getsource(schema)))):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[prefix + name] = inspect.cleandoc(text)
     for item in fields(schema):
         if is_dataclass(item.type) and isinstance(item.type, type):
             docs |= field_docs(item.type, f"{item.name}.")
-        elif item.name in written:
-            docs[prefix + item.name] = written[item.name]
     return docs
 
 
@@ -96,7 +88,6 @@ def help_page() -> str:
         "  check=true world_size=N     whether N ranks can run it, and how the work is divided",
         "  kilotron describe           parameters, arithmetic a token, and bytes of a model",
         "  kilotron layouts            every way to divide world_size=N ranks, with the memory it takes",
-        "  -m KEY=A,B                  one run after another",
         "  docs/architecture.md        how it is built",
     ]
     return "\n".join(lines)
@@ -113,8 +104,7 @@ def _preset_lines() -> Iterator[str]:
 
 def _first_comment(group: str, name: str) -> str:
     lines = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comments = [line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line]
-    return comments[0] if comments else ""
+    return next(line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line)
 
 
 def _key_lines() -> Iterator[str]:

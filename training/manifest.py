@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data.files import sha256_of
 from training.errors import StorageError
 
 MANIFEST_NAME = "manifest.json"
@@ -70,16 +72,11 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest as JSON that holds a digest of itself. Raises ValueError where `state` is not plain, finite JSON."""
-    document = {
-        "format": FORMAT,
-        "step": manifest.step,
-        "state": manifest.state,
-        "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
-        "tensors": {
-            name: {"dtype": tensor.dtype, "shape": tensor.shape, "chunks": [vars(chunk) for chunk in tensor.chunks]}
-            for name, tensor in manifest.tensors.items()
-        },
+    files = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in manifest.files.items()}
+    tensors = {
+        name: vars(entry) | {"chunks": list(map(vars, entry.chunks))} for name, entry in manifest.tensors.items()
     }
+    document = {"format": FORMAT, "step": manifest.step, "state": manifest.state, "files": files, "tensors": tensors}
     return json.dumps(document | {"sha256": _digest(document)}, allow_nan=False).encode()
 
 
@@ -113,28 +110,21 @@ def verify(path: Path, manifest: Manifest, mode: str) -> None:
     """
     if mode == "off":
         return
-    for name, entry in manifest.files.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError as error:
-            raise StorageError(f"{path / name}: cannot be read: {error.strerror}") from error
-        if size != entry.size:
-            raise StorageError(f"{path / name}: expected {entry.size} bytes, found {size}")
-    if mode == "sizes" or (mode == "auto" and sum(file.size for file in manifest.files.values()) > AUTO_HASHES_UP_TO):
-        return
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        hashes = pool.map(_hash_file, [path / name for name in manifest.files])
-        for (name, entry), found in zip(manifest.files.items(), hashes, strict=True):
-            if found != entry.sha256:
-                raise StorageError(f"{path / name}: expected sha256 {entry.sha256}, found {found}")
+    files = [(path / name, entry) for name, entry in manifest.files.items()]
+    for file, entry in files:
+        _check(file, "{} bytes", entry.size, lambda file: file.stat().st_size)
+    if mode == "full" or (mode == "auto" and sum(entry.size for _, entry in files) <= AUTO_HASHES_UP_TO):
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(lambda entry: _check(entry[0], "sha256 {}", entry[1].sha256, sha256_of), files))
 
 
-def _hash_file(path: Path) -> str:
+def _check(file: Path, wanted: str, expected: int | str, measure: Callable[[Path], int | str]) -> None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = measure(file)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+    if found != expected:
+        raise StorageError(f"{file}: expected {wanted.format(expected)}, found {found}")
 
 
 def _digest(document: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from training.errors import StorageError
 
@@ -57,89 +58,77 @@ class EvaluationMetrics:
         return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
 
 
+@contextmanager
+def _appending_to(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot append to {path}: {error.strerror}; free space there or choose another out_dir"
+        ) from error
+
+
 class _LineFile:
     """A file that whole lines are appended to, so that all but the last survive a kill at any moment."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._file: BinaryIO = path.open("a+b")
+        with _appending_to(path):
+            self._file = path.open("a+b")
             if self._file.tell():
                 self._file.seek(-1, 2)
                 if self._file.read(1) != b"\n":
                     # A killed writer left half a line: end it, or the next line would be lost with it.
-                    self._write(b"\n")
-        except OSError as error:
-            raise self._failure(error) from error
+                    self._file.write(b"\n")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a line and hands it to the operating system. Raises StorageError."""
-        finite = {
-            # JSON knows neither NaN nor infinity.
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        try:
-            self._write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _write(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-    def _failure(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"cannot append to {self._path}: {error.strerror}; free space there or choose another out_dir"
-        )
+        with _appending_to(self._path):
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
-        try:
+        with _appending_to(self._path):
             self._file.close()
-        except OSError as error:
-            raise self._failure(error) from error
 
 
 class MetricsLog:
     """Appends to the metrics.jsonl and samples.jsonl of a run directory. For rank 0 only.
 
-    Numbers that are not finite are written as null. Every method that writes raises StorageError where it cannot.
+    Numbers that are not finite are written as null, as JSON knows neither NaN nor infinity. Every line is handed to the
+    operating system at once. Every method that writes raises StorageError where it cannot.
     """
 
     def __init__(self, run_dir: Path, attempt: int) -> None:
         """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one."""
         self._run_dir = run_dir
         self._attempt = attempt
-        self._metrics = _LineFile(run_dir / "metrics.jsonl")
-        self._samples: _LineFile | None = None
+        self._files = {"metrics": _LineFile(run_dir / "metrics.jsonl")}
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Appends a training step."""
-        self._metrics.append({"step": metrics.step, "attempt": self._attempt, **asdict(metrics)})
+        self._append("metrics", metrics.step, asdict(metrics))
 
     def log_evaluation(self, metrics: EvaluationMetrics) -> None:
         """Appends an evaluation."""
-        self._metrics.append(
-            {
-                "step": metrics.step,
-                "attempt": self._attempt,
-                "eval_loss": metrics.loss,
-                "perplexity": metrics.perplexity,
-            }
-        )
+        self._append("metrics", metrics.step, {"eval_loss": metrics.loss, "perplexity": metrics.perplexity})
 
     def log_samples(self, step: int, samples: Sequence[Sequence[int]], crc: int) -> None:
         """Appends what a step was fed: (dataset, epoch, window) a sample, in global order, and its tokens' crc32."""
-        if self._samples is None:
-            self._samples = _LineFile(self._run_dir / "samples.jsonl")
-        rows = [list(sample) for sample in samples]
-        self._samples.append({"step": step, "attempt": self._attempt, "samples": rows, "crc": crc})
+        self._append("samples", step, {"samples": samples, "crc": crc})
+
+    def _append(self, name: str, step: int, values: dict[str, Any]) -> None:
+        record = {"step": step, "attempt": self._attempt} | values
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = None
+        if name not in self._files:
+            self._files[name] = _LineFile(self._run_dir / f"{name}.jsonl")
+        self._files[name].append(record)
 
     def close(self) -> None:
         """Closes both files."""
-        self._metrics.close()
-        if self._samples is not None:
-            self._samples.close()
+        for file in self._files.values():
+            file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

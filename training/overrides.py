@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.settings import describe_type, presets, setting_types, suggest_keys, unknown_key, unknown_preset
+from training.settings import describe_type, presets, setting_types, suggest_keys, unknown, unknown_preset
 
 
 @dataclass(frozen=True)
@@ -66,66 +65,47 @@ def check_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while remaining:
         word = remaining.pop(0)
         if word.startswith("-"):
-            separate = "=" not in word and bool(remaining) and not re.search("^-|=", remaining[0])
-            problems.append(_option_problem(word, remaining.pop(0) if separate else None))
-            continue
-        problem = _override_problem(word, schema)
-        if problem is None:
-            accepted.append(word.lstrip("+"))
-        else:
+            key, _, value = word.lstrip("-").partition("=")
+            if "=" not in word and remaining and not re.search("^-|=", remaining[0]):
+                value = remaining.pop(0)
+            problems.append(unknown(f"option {word}", key, value or "VALUE"))
+        elif problem := _override_problem(word, schema):
             problems.append(problem)
+        else:
+            accepted.append(word.lstrip("+"))
     return accepted, problems
-
-
-def _option_problem(word: str, following: str | None) -> str:
-    key, _, value = word.lstrip("-").partition("=")
-    guesses = suggest_keys(key)
-    if not guesses:
-        return f"unknown option {word}; settings are written key=value, and --help shows them"
-    value = following or value or "VALUE"
-    return f"unknown option {word}; did you mean {' or '.join(f'{guess}={value}' for guess in guesses)}?"
 
 
 def _override_problem(word: str, schema: DictConfig) -> str | None:
     """What is wrong with one `key=value`, or None. Adding (`+key`) a known key is setting it."""
-    key, equals, value = word.partition("=")
+    key, equals, text = word.lstrip("+").partition("=")
+    types, groups = setting_types(), presets()
     if word.startswith("~"):
         return f"{word}: a setting cannot be removed; give it another value, or null where null is allowed"
     if not equals:
-        guesses = suggest_keys(key.lstrip("+"))
+        guesses = suggest_keys(key)
         return f"{word}: settings are written key=value" + (f", such as {guesses[0]}=VALUE" if guesses else "")
-    known = key.lstrip("+")
-    if "@" in known:
-        return f"{word}: packages (@) are not used here; write {known.partition('@')[0]}={value}"
-    sections = {name.partition(".")[0] for name in setting_types() if "." in name}
-    if known not in setting_types() and known not in presets():
-        if known in sections:
-            return f"{word}: {known} has no presets; set one of its keys, such as {_first_key(known)}=VALUE"
-        return unknown_key(known, value)
+    if "@" in key:
+        return f"{word}: packages (@) are not used here; write {key.partition('@')[0]}={text}"
+    if key not in types and key not in groups:
+        inside = [name for name in types if name.startswith(f"{key}.")]
+        if inside:
+            return f"{word}: {key} has no presets; set one of its keys, such as {inside[0]}=VALUE"
+        return unknown(f"key {key}={text}", key, text)
+    declared = types.get(key)
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        quoted = f"['{value.strip('[]')}']" if "list[str]" in str(setting_types().get(known)) else f"'{value}'"
-        return f'{word}: the value cannot be read ({reason}); quote it: "{known}={quoted}"'
-    return _value_problem(word, known, override, schema)
-
-
-def _first_key(section: str) -> str:
-    return next(name for name in setting_types() if name.startswith(f"{section}."))
-
-
-def _value_problem(word: str, key: str, override: Override, schema: DictConfig) -> str | None:
-    declared = setting_types().get(key)
+        quoted = f"['{text.strip('[]')}']" if "list[str]" in str(declared) else f"'{text}'"
+        return f'{word}: the value cannot be read ({str(error).splitlines()[0]}); quote it: "{key}={quoted}"'
     if override.is_sweep_override():
-        values = word.partition("=")[2]
-        as_list = f" or, for a list, write {key}=[{values}]" if "list" in str(declared) else ""
-        return f"{word}: several values; add -m to run one after another{as_list}, or quote: \"{key}='{values}'\""
+        as_list = f" or, for a list, write {key}=[{text}]" if "list" in str(declared) else ""
+        return f"{word}: several values; add -m to run one after another{as_list}, or quote: \"{key}='{text}'\""
     value = override.value()
     if declared is None:
-        known = value in presets()[key] or (key == "experiment" and value is None)
-        hint = f"; for a file of tokens write data.path={value}" if key == "data" else ""
-        return None if known else unknown_preset(key, value) + hint
+        if value in groups[key] or (key == "experiment" and value is None):
+            return None
+        return unknown_preset(key, value) + (f"; for a file of tokens write data.path={value}" if key == "data" else "")
     try:
         if "bool" in str(declared) and isinstance(value, (int, float)) and value not in (0, 1):
             raise ValidationError  # OmegaConf would take any number for true

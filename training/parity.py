@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +168,8 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory |
     optimizer = build_optimizer(model, config.optimizer)
     loss_scale = build_loss_scale(config.train, device)
     train_step = TrainStep(data_parallel, optimizer, mesh, config.optimizer.clip_grad, device, loss_scale)
-    gather = _Gathering(logical_shapes(model))
+    faults: list[str] = []
+    gather = partial(_gather, logical_shapes(model), faults)
     parameters = dict(model.named_parameters())
     initial_weights = gather("initial weight", parameters)
     steps = []
@@ -182,37 +184,31 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory |
     weights = gather(f"after step {len(batches)}: weight", parameters)
     if dist.get_rank() != 0:
         return None
-    return Trajectory(initial_weights, steps, weights, gather.faults)
+    return Trajectory(initial_weights, steps, weights, faults)
 
 
 def _part(batch: MicroBatch, rows: slice) -> MicroBatch:
     return MicroBatch(batch.input_ids[rows], batch.labels[rows], [], batch.sample_indices[rows])
 
 
-class _Gathering:
-    """Puts shards together on rank 0, and notes there what is wrong with them."""
-
-    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
-        self.shapes = shapes
-        self.faults: list[str] = []
-
-    def __call__(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-        """Whole tensors on rank 0, nothing elsewhere. Collective."""
-        own: dict[str, tuple[Box, Array]] = {}
-        for name, tensor in tensors.items():
-            box = local_box(tensor, self.shapes[name])
-            own[name] = box, local_values(tensor, box).double().numpy()
-        everyone: list[dict[str, tuple[Box, Array]]] | None = None
-        if dist.get_rank() == 0:
-            everyone = [{} for _ in range(dist.get_world_size())]
-        dist.gather_object(own, everyone)
-        whole: dict[str, Array] = {}
-        if everyone is not None:
-            for name, shape in self.shapes.items():
-                pieces = [held[name] for held in everyone if name in held]
-                whole[name], faults = put_together(tuple(shape), pieces)
-                self.faults += [f"{kind} of {name}: {fault}" for fault in faults]
-        return whole
+def _gather(
+    shapes: Mapping[str, torch.Size], faults: list[str], kind: str, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Array]:
+    """Whole tensors on rank 0, where what is wrong with them is added to `faults`; nothing elsewhere. Collective."""
+    own: dict[str, tuple[Box, Array]] = {}
+    for name, tensor in tensors.items():
+        box = local_box(tensor, shapes[name])
+        own[name] = box, local_values(tensor, box).double().numpy()
+    everyone = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, everyone)
+    if everyone is None:
+        return {}
+    whole: dict[str, Array] = {}
+    for name, shape in shapes.items():
+        pieces = [held[name] for held in everyone if name in held]
+        whole[name], found = put_together(tuple(shape), pieces)
+        faults += [f"{kind} of {name}: {fault}" for fault in found]
+    return whole
 
 
 def put_together(shape: tuple[int, ...], pieces: Iterable[tuple[Box, Array]]) -> tuple[Array, list[str]]:
@@ -224,17 +220,13 @@ def put_together(shape: tuple[int, ...], pieces: Iterable[tuple[Box, Array]]) ->
     faults = []
     for box, values in pieces:
         earlier, seen = whole[box.slices], known[box.slices]
-        if (seen & (_bits(earlier) != _bits(values))).any():
+        if (seen & (earlier.view(np.uint64) != values.view(np.uint64))).any():
             faults.append("replicas differ")
         whole[box.slices] = np.where(seen, earlier, values)
         known[box.slices] = True
     if not known.all():
         faults.append(f"no rank holds {known.size - np.count_nonzero(known)} of {known.size} elements")
     return whole, sorted(set(faults))
-
-
-def _bits(values: Array) -> npt.NDArray[np.uint64]:
-    return np.ascontiguousarray(values).view(np.uint64)
 
 
 def compare(reference: Trajectory, found: Trajectory, limit: float = LIMIT) -> Comparison:
@@ -245,34 +237,22 @@ def compare(reference: Trajectory, found: Trajectory, limit: float = LIMIT) -> C
     first step in which one is beyond the limit: what follows is its consequence.
     """
     pairs = list(zip(reference.steps, found.steps, strict=True))
-    loss = max(_relative(step.loss, right.loss) for right, step in pairs)
-    gradient_norm = max(_relative(step.gradient_norm, right.gradient_norm) for right, step in pairs)
-    gradient, gradient_name, gradient_problems = _worst_gradient(pairs, limit)
-    errors = {name: _error(found.weights.get(name), right, 1.0) for name, right in reference.weights.items()}
-    weight_name = max(errors, key=lambda name: errors[name])
-    weight = errors[weight_name]
+    loss = max(_error(step.loss, right.loss, 0.0) for right, step in pairs)
+    gradient_norm = max(_error(step.gradient_norm, right.gradient_norm, 0.0) for right, step in pairs)
+    worst, beyond = (0.0, ""), []
+    for number, (right, step) in enumerate(pairs, start=1):
+        errors = _errors(step.gradients, right.gradients, GRADIENT_FLOOR * right.gradient_norm)
+        worst = max(worst, errors[0])
+        beyond = [f"step {number}: gradient of {name} is off by {error:.1e}" for error, name in errors if error > limit]
+        if beyond:
+            break
+    weight, weight_name = _errors(found.weights, reference.weights, 1.0)[0]
     problems = _first_of(found.faults) + _initial_problems(reference.initial_weights, found.initial_weights)
     problems += [f"loss is off by {loss:.1e}"] if loss > limit else []
-    problems += gradient_problems
+    problems += _first_of(beyond)
     problems += [f"gradient norm is off by {gradient_norm:.1e}"] if gradient_norm > limit else []
     problems += [f"weight {weight_name} is off by {weight:.1e}"] if weight > limit else []
-    return Comparison(loss, gradient, gradient_name, gradient_norm, weight, weight_name, tuple(problems))
-
-
-def _worst_gradient(pairs: Sequence[tuple[StepRecord, StepRecord]], limit: float) -> tuple[float, str, list[str]]:
-    """Error and name of the worst of all steps up to the first that is beyond the limit, and what to say of that."""
-    worst, worst_name = 0.0, ""
-    for number, (right, step) in enumerate(pairs, start=1):
-        floor = GRADIENT_FLOOR * right.gradient_norm
-        errors = {name: _error(step.gradients.get(name), one, floor) for name, one in right.gradients.items()}
-        name = max(errors, key=lambda name: errors[name])
-        if errors[name] >= worst:
-            worst, worst_name = errors[name], name
-        beyond = sum(error > limit for error in errors.values())
-        if beyond:
-            others = [f"and {beyond - 1} more like it"] if beyond > 1 else []
-            return worst, worst_name, [f"step {number}: gradient of {worst_name} is off by {worst:.1e}", *others]
-    return worst, worst_name, []
+    return Comparison(loss, *worst, gradient_norm, weight, weight_name, tuple(problems))
 
 
 def _initial_problems(reference: Mapping[str, Array], found: Mapping[str, Array]) -> list[str]:
@@ -287,18 +267,15 @@ def _first_of(problems: Sequence[str]) -> list[str]:
     return [*problems[:1], *([f"and {len(problems) - 1} more like it"] if problems[1:] else [])]
 
 
-def _relative(value: float, reference: float) -> float:
-    return _number(abs(value - reference) / abs(reference) if reference else abs(value))
+def _errors(found: Mapping[str, Array], reference: Mapping[str, Array], floor: float) -> list[tuple[float, str]]:
+    """What each tensor is off by, the worst first."""
+    return sorted(((_error(found.get(name), one, floor), name) for name, one in reference.items()), reverse=True)
 
 
-def _error(values: Array | None, reference: Array, floor: float) -> float:
+def _error(values: Array | float | None, reference: Array | float, floor: float) -> float:
     """max|a-b| / max(max|b|, floor); infinite where shapes differ or something is not finite."""
-    if values is None or values.shape != reference.shape:
+    if values is None or np.shape(values) != np.shape(reference):
         return math.inf
     scale = max(float(np.abs(reference).max()), floor)
-    return _number(float(np.abs(values - reference).max()) / scale) if scale else math.inf
-
-
-def _number(error: float) -> float:
-    """NaN compares with nothing, so that it would pass for equal."""
-    return math.inf if math.isnan(error) else error
+    error = float(np.abs(values - reference).max()) / scale if scale else math.inf
+    return math.inf if math.isnan(error) else error  # NaN compares with nothing, so that it would pass for equal

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, get_type_hints
+from typing import IO, Any, Literal, TypeVar, cast, get_type_hints
 
 from omegaconf import OmegaConf
 
 from data.config import DataConfig
+from data.files import write_whole
 from data.vocabulary import find_tokenizer, tokenizer_files
 from models.hugging_face import resolved
 from training.config import RunConfig
@@ -63,19 +64,9 @@ class RunDirectory:
         Raises RunDirectoryError where a living process owns it, ConfigError where a file stands in the way, and
         StorageError where the directory cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
-            raise ConfigError(
-                f"run directory {self.path}: {obstacle} is no directory; choose another out_dir or name"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"cannot make run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
-            ) from error
         path = self.path / ".lock"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = path.open("a+", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -83,9 +74,16 @@ class RunDirectory:
                 f"{self.path} is in use by {path.read_text(encoding='utf-8').strip()}; end that run or choose another "
                 f"name, such as name={self.path.name}-2"
             ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+            raise ConfigError(
+                f"run directory {self.path}: {obstacle} is no directory; choose another out_dir or name"
+            ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
-                raise StorageError(f"cannot write {path}: {error.strerror}") from error
+                raise StorageError(
+                    f"cannot write in run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
+                ) from error
         if self._lock is not None:
             self._lock.truncate(0)
             now = datetime.now().isoformat(sep=" ", timespec="seconds")
@@ -121,18 +119,16 @@ class RunDirectory:
         """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
         path = self.path / "config.yaml"
         try:
-            text = path.read_text(encoding="utf-8")
+            values = OmegaConf.to_container(OmegaConf.load(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise StorageError(f"cannot read {path}: {error}") from error
-        try:
-            values = OmegaConf.to_container(OmegaConf.create(text))
         except Exception as error:  # OmegaConf's errors and those of the YAML parser beneath it share no base
             raise StorageError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict) or not values:
             raise StorageError(f"{path} holds no configuration; restore it or choose another name")
-        return {str(key): value for key, value in values.items()}
+        return cast(dict[str, Any], values)
 
     def write_status(self, state: State, step: int, reason: str) -> None:
         """Replaces status.json. Raises StorageError."""
@@ -187,20 +183,18 @@ def restore_config(values: dict[str, Any]) -> RunConfig:
 def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"the saved configuration holds no keys under {prefix.rstrip('.') or 'its root'}")
-    kinds = {name: hint for name, hint in get_type_hints(kind).items() if name in values}
-    unknown = [prefix + name for name in values if name not in kinds]
+    kinds = get_type_hints(kind)
+    unknown = [f"{prefix}{name}" for name in values if name not in kinds]
     if unknown:
         raise ConfigError(
             f"the saved configuration holds {', '.join(unknown)}, which this version of Kilotron does not know"
         )
-    return kind(
-        **{
-            name: _restore(hint, values[name], f"{prefix}{name}.")
-            if isinstance(hint, type) and is_dataclass(hint)
-            else values[name]
-            for name, hint in kinds.items()
-        }
-    )
+    groups = {
+        name: _restore(kinds[name], value, f"{prefix}{name}.")
+        for name, value in values.items()
+        if is_dataclass(kinds[name])
+    }
+    return kind(**values | groups)
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
@@ -250,21 +244,9 @@ def _json(values: dict[str, Any]) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file so that a crash at any moment leaves the old content or the new. Raises StorageError."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}; free space there or choose another out_dir"
         ) from error

@@ -51,27 +51,26 @@ def suggest_keys(key: str) -> list[str]:
     """The known keys that an unknown one most likely means; a dash counts as an underscore."""
     wanted = key.replace("-", "_").lower()
     known = [*setting_types(), *presets()]
+    by_last_word: dict[str, list[str]] = {}
+    for candidate in known:
+        by_last_word.setdefault(candidate.rpartition(".")[2], []).append(candidate)
     if wanted in known:
         return [wanted]
-    last = _last(wanted)
-    if not any(_last(candidate) == last for candidate in known):
+    last_word = wanted.rpartition(".")[2]
+    if last_word not in by_last_word:
         guess = closest(wanted, known)
         if guess is not None:
             return [guess]
-        last = closest(last, map(_last, known)) or last
-    return [candidate for candidate in known if _last(candidate) == last]
+        last_word = closest(last_word, by_last_word) or last_word
+    return by_last_word.get(last_word, [])
 
 
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def unknown_key(key: str, value: str | None = None) -> str:
-    """The message for a key that is not known, with the value that it was to have."""
+def unknown(typed: str, key: str, value: str | None = None) -> str:
+    """The message for a key that is not known, `typed` so, with the value that it was to have."""
     assigned = "" if value is None else f"={value}"
     guesses = " or ".join(f"{guess}{assigned}" for guess in suggest_keys(key))
-    hint = f"did you mean {guesses}?" if guesses else "--help shows the groups, --cfg job every key"
-    return f"unknown key {key}{assigned}; {hint}"
+    hint = f"did you mean {guesses}?" if guesses else "--help shows the groups, --cfg job every key=value"
+    return f"unknown {typed}; {hint}"
 
 
 def unknown_preset(group: str, name: object) -> str:

@@ -20,14 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from parallel.local_ranks import RankError, run_ranks
 from training import checkpoint_storage
-from training.checkpoint import (
-    choose_checkpoint,
-    find_checkpoints,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-    verify,
-)
+from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
+from training.checkpoint_storage import step_directories
 from training.errors import StorageError
 
 # name -> (world size, mesh shape, mesh dimensions); rows are sharded over dp_shard and tp, in uneven parts.
@@ -217,6 +211,11 @@ def _save(run_dir, step, keep=10, value=None):
     return save_checkpoint(run_dir, step, _tensors(step if value is None else value), {"value": value}, keep)
 
 
+def _complete(run_dir):
+    """The complete checkpoints of a run, newest first."""
+    return [path for _, path in step_directories(run_dir / "checkpoints") if (path / "manifest.json").is_file()]
+
+
 def _names(run_dir):
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
@@ -226,14 +225,14 @@ def test_newest_are_kept_and_latest_names_the_last(tmp_path, one_rank):
         _save(tmp_path, step, keep=2)
     assert _names(tmp_path) == ["latest", "step_00000010", "step_123456789"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_123456789\n"
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_123456789", "step_00000010"]
+    assert [path.name for path in _complete(tmp_path)] == ["step_123456789", "step_00000010"]
 
 
 def test_a_save_after_going_back_removes_later_steps(tmp_path, one_rank):
     for step in (10, 20, 30):
         _save(tmp_path, step)
     _save(tmp_path, 15, keep=2)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000015", "step_00000010"]
+    assert [path.name for path in _complete(tmp_path)] == ["step_00000015", "step_00000010"]
 
 
 def test_leftovers_are_removed(tmp_path, one_rank):
@@ -241,7 +240,7 @@ def test_leftovers_are_removed(tmp_path, one_rank):
     leftover.mkdir(parents=True)
     (leftover / "rank_00000.safetensors").write_bytes(b"half")
     (tmp_path / "checkpoints" / "latest.tmp-deadbeef").write_bytes(b"")
-    assert find_checkpoints(tmp_path) == []
+    assert _complete(tmp_path) == []
     _save(tmp_path, 10)
     assert _names(tmp_path) == ["latest", "step_00000010"]
 
@@ -277,7 +276,7 @@ def test_a_checkpoint_set_aside_counts_until_it_is_replaced(tmp_path, one_rank, 
 def test_a_state_that_is_no_finite_json_is_refused(tmp_path, one_rank, value):
     with pytest.raises(RuntimeError, match=r"rank 0: (ValueError|TypeError)"):
         save_checkpoint(tmp_path, 1, _tensors(1), {"loss": value}, keep=1)
-    assert find_checkpoints(tmp_path) == []
+    assert _complete(tmp_path) == []
 
 
 def test_a_dtype_without_a_name_is_refused(tmp_path, one_rank):
@@ -421,7 +420,7 @@ def test_a_rank_killed_in_a_save_leaves_the_previous_checkpoint(tmp_path, one_ra
     with pytest.raises((RankError, RuntimeError)):
         run_ranks(2, _peer_is_killed, tmp_path, timeout=60)
     assert any(".tmp-" in name for name in _names(tmp_path))
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000010"]
+    assert [path.name for path in _complete(tmp_path)] == ["step_00000010"]
     assert choose_checkpoint(tmp_path, "auto", "full")[1].step == 10
 
 
@@ -439,6 +438,7 @@ def _die_at(rank, world_size, operation, step, run_dir):
 
     checkpoint_storage.os.fsync = counted(os.fsync)
     os.rename = counted(os.rename)
+    os.replace = counted(os.replace)
     shutil.rmtree = counted(shutil.rmtree)
     save_checkpoint(run_dir, step, _tensors(2), {"value": 2}, keep=1)
     return next(counter)
