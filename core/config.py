@@ -1,6 +1,7 @@
 """The `model` group: every dimension and choice that defines a GPT, free of torch and numpy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class ModelConfig:
             raise ValueError("model.vocab_size is null: it is known once the tokenizer is (training.compose.resolve)")
         return self.vocab_size
 
+    def resolved(self) -> dict[str, Any]:
+        """Every setting by its name, with what null stands for."""
+        derived = {"ffn_hidden_size": self.ffn_size, "num_query_groups": self.query_groups, "head_dim": self.head_size}
+        return {part.name: getattr(self, part.name) for part in fields(self)} | derived
+
     @property
     def embedding_parameters(self) -> int:
         """Parameters of the tables of words and of learned positions; an untied head is none. Raises ValueError while
@@ -101,12 +107,9 @@ class ModelConfig:
         values of fewer groups than ranks. Vocabulary rows count as padded to a multiple of `tp`. Raises ValueError
         while `vocab_size` is null.
         """
-        query = self.num_attention_heads // tp * self.head_size
-        groups = self.query_groups // tp if self.query_groups >= tp else self.query_groups
-        ffn = self.ffn_size // tp
-        columns = query + 2 * groups * self.head_size + ffn * (2 if self.activation == "swiglu" else 1)
+        columns, _ = self._layer_widths(tp)
         norm = self.hidden_size * (2 if self.normalization == "layernorm" and self.bias else 1)
-        layer = self.hidden_size * (columns + query + ffn) + 2 * norm
+        layer = 2 * norm
         if self.bias:
             layer += columns + 2 * self.hidden_size
         if self.qk_norm:
@@ -114,4 +117,15 @@ class ModelConfig:
         tables = -(-self.vocabulary // tp) * (1 if self.tie_embeddings else 2)
         if self.position_embedding == "learned":
             tables += self.max_position_embeddings
-        return self.num_layers * layer + norm + self.hidden_size * tables
+        return self.matrix_parameters(tp) + self.num_layers * layer + norm + self.hidden_size * tables
+
+    def matrix_parameters(self, tp: int = 1) -> int:
+        """Parameters of the matrices of layers, as `parameter_count` counts."""
+        return self.num_layers * self.hidden_size * sum(self._layer_widths(tp))
+
+    def _layer_widths(self, tp: int) -> tuple[int, int]:
+        """Columns of a layer's projections from the hidden size, and rows of those back to it, on one rank."""
+        query = self.num_attention_heads // tp * self.head_size
+        groups = self.query_groups // tp if self.query_groups >= tp else self.query_groups
+        ffn = self.ffn_size // tp
+        return query + 2 * groups * self.head_size + ffn * (2 if self.activation == "swiglu" else 1), query + ffn

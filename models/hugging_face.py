@@ -100,14 +100,14 @@ class Family:
         fixed: dict[str, Any] = {part.name: part.default for part in fields(ModelConfig)} | dict(self.constants)
         found = []
         for key, value in identity(model).items():
-            legal = words[key] if key in words else [resolved(replace(model, **{key: fixed[key]}))[key]]
+            legal = words[key] if key in words else [replace(model, **{key: fixed[key]}).resolved()[key]]
             if legal and value not in legal:
                 found.append(f"model.{key}={value} (it has {', '.join(map(str, legal))})")
         return found
 
     def config_json(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model without obstacles."""
-        values = resolved(model)
+        values = model.resolved()
         written: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for ours, theirs, _, words in self.settings:
             value = values[ours]
@@ -149,12 +149,6 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def resolved(model: ModelConfig) -> dict[str, Any]:
-    """Every setting, with what null stands for."""
-    derived = {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.query_groups, "head_dim": model.head_size}
-    return {part.name: getattr(model, part.name) for part in fields(model)} | derived
-
-
 def identity(model: ModelConfig) -> dict[str, Any]:
     """The settings that say what the weights mean, without those that mean nothing beside the others."""
     idle = {"dropout", "init_std"} | ({"moe_top_k"} if model.num_experts is None else set())
@@ -162,7 +156,7 @@ def identity(model: ModelConfig) -> dict[str, Any]:
         idle |= {"max_position_embeddings"}
     scaling = ("rope_scaling_factor", "rope_low", "rope_high", "rope_original")
     no_rope = ("rope_",) if model.position_embedding != "rope" else scaling if model.rope_scaling is None else ()
-    return {key: v for key, v in resolved(model).items() if key not in idle and not key.startswith(no_rope)}
+    return {key: v for key, v in model.resolved().items() if key not in idle and not key.startswith(no_rope)}
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -8,12 +8,9 @@ from typing import Any
 
 from core.flops import flops_per_token
 from parallel.config import ParallelConfig
-from tools.layouts import number_bytes, without_missing_data
+from tools.layouts import number_bytes, optimizer_numbers, without_missing_data
 from training.compose import compose, resolve
 from training.config import CheckpointConfig, RunConfig
-
-MOMENTS = 2
-"""Numbers that AdamW holds for a parameter."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +48,11 @@ def describe(config: RunConfig) -> dict[str, Any]:
     return {
         "parameters": {"total": total, "embedding": model.embedding_parameters, "active": total},
         "flops_per_token": flops_per_token(model, config.seq_length),
-        "bytes": {"weights": weights, "gradients": weights, "optimizer": MOMENTS * weights},
+        "bytes": {
+            "weights": weights,
+            "gradients": weights,
+            "optimizer": number_bytes(config) * optimizer_numbers(config),
+        },
     }
 
 

@@ -17,8 +17,6 @@ from training.config import RunConfig
 from training.errors import ConfigError
 
 DIMENSIONS = ("tp", "dp_replicate", "dp_shard")
-NUMBERS_A_PARAMETER = 4
-"""Weight, gradient, and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,19 @@ def number_bytes(config: RunConfig) -> int:
     return 8 if config.train.precision == "fp64" else 4
 
 
+def optimizer_numbers(config: RunConfig, tp: int = 1) -> int:
+    """Numbers that the optimizer keeps of the parameters of one tensor-parallel rank: AdamW two of each, Muon one of
+    each that it moves."""
+    by_muon = config.model.matrix_parameters(tp) if config.optimizer.name == "muon" else 0
+    return 2 * config.model.parameter_count(tp) - by_muon
+
+
 def state_bytes(config: RunConfig) -> int:
     """Bytes a rank holds of weights, gradients and optimizer state, cut over tp and dp_shard: float32 numbers, float64
     under fp64. The rank with the most of a weight that dp_shard cuts unevenly holds up to a row more."""
-    parameters = -(-config.model.parameter_count(config.parallel.tp) // config.parallel.dp_shard)
-    return NUMBERS_A_PARAMETER * number_bytes(config) * parameters
+    tp = config.parallel.tp
+    numbers = 2 * config.model.parameter_count(tp) + optimizer_numbers(config, tp)
+    return number_bytes(config) * -(-numbers // config.parallel.dp_shard)
 
 
 def _table(layouts: Layouts) -> Iterator[str]:
@@ -148,8 +154,8 @@ def _table(layouts: Layouts) -> Iterator[str]:
             f"{state_bytes(config) / 1e9:.2f}",
         )
     number = "float64" if first.train.precision == "fp64" else "float32"
-    less = ", of which Muon needs one for matrices" if first.optimizer.name == "muon" else ""
-    yield f"state: weights, gradients and both moments of AdamW{less}, in {number}; activations come on top"
+    moments = "both moments of AdamW" if first.optimizer.name == "adamw" else "the moments of Muon and AdamW"
+    yield f"state: weights, gradients and {moments} in {number}; activations come on top"
     for sizes, problems in layouts.refused.items():
         yield from (f"not {sizes}: {problem}" for problem in problems)
 

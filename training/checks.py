@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.families import HUGGING_FACE_PREFIX, open_directory
-from models.hugging_face import HuggingFaceError, identity, resolved
+from models.hugging_face import HuggingFaceError, identity
 from training.config import RunConfig
 from training.parameter_groups import parse_group
 from training.settings import closest
@@ -346,13 +346,11 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
 
 def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
     try:
-        there, here = (
-            identity(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))).model),
-            resolved(config.model),
-        )
+        there = identity(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))).model)
     except HuggingFaceError as error:
         yield f"checkpoint.load={load}: {error}"
         return
+    here = config.model.resolved()
     unknown = {"vocab_size"} if here["vocab_size"] is None else set()
     other = {key: value for key, value in there.items() if here[key] != value and key not in unknown}
     if other:

@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 from data.config import DataConfig
 from data.files import write_whole
 from data.vocabulary import find_tokenizer, tokenizer_files
-from models.hugging_face import resolved
 from training.config import RunConfig
 from training.errors import ConfigError, RunDirectoryError, StorageError
 
@@ -199,7 +198,7 @@ def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What a run must keep to stay the same run; derived values are filled in, so null equals what it stands for."""
-    model = {f"model.{key}": value for key, value in resolved(config.model).items()}
+    model = {f"model.{key}": value for key, value in config.model.resolved().items()}
     data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
     data["data.seq_length"] = config.seq_length
     del data["data.num_workers"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.config import ModelConfig
 from models.families import FAMILIES, family_for, open_directory
 from models.gpt2 import GPT2
-from models.hugging_face import HuggingFaceError, TensorRule, identity, resolved
+from models.hugging_face import HuggingFaceError, TensorRule, identity
 from models.llama import LLAMA
 from tests.models.hugging_face_models import reference, rewrite, save
 from training.compose import compose
@@ -147,7 +147,7 @@ def test_shapes_of_fused_and_transposed_tensors():
 def test_derived_dimensions_are_filled_in():
     model = ModelConfig(hidden_size=64, num_attention_heads=4)
     expected = {"ffn_hidden_size": 256, "num_query_groups": 4, "head_dim": 16}
-    assert expected.items() <= resolved(model).items()
+    assert expected.items() <= model.resolved().items()
     assert identity(model) == identity(replace(model, **expected, dropout=0.5, init_std=1.0, rope_theta=5.0))
     assert identity(model) != identity(replace(model, max_position_embeddings=7))
 

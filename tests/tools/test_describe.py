@@ -35,6 +35,12 @@ def test_bytes_follow_the_precision(capsys, precision, size):
     assert found["bytes"] == {"weights": size * count, "gradients": size * count, "optimizer": 2 * size * count}
 
 
+def test_muon_keeps_one_number_of_each_matrix_of_a_layer(capsys):
+    found = described(capsys, "model=gpt2_small", "optimizer=muon")
+    matrices = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
+    assert found["bytes"]["optimizer"] == 4 * (2 * 124_439_808 - matrices)
+
+
 def test_arithmetic_follows_the_length_of_a_sample(capsys):
     costs = [described(capsys, "model=llama2_7b", f"data.seq_length={n}")["flops_per_token"] for n in (1024, 2048)]
     assert costs[1] - costs[0] == 12 * 32 * 4096 * 1024

@@ -115,7 +115,7 @@ def test_state_is_sixteen_bytes_a_parameter_over_all_that_share_it():
         (["world_size=4", "parallel.tp=3"], ["tp must divide 4: 1, 2, 4"]),
         (["world_size=4", "parallel.tp=0"], ["parallel.tp=0: must be at least 1"]),
         (["world_size=5", "parallel.dp_shard=4"], ["dp_shard must be 5 or -1"]),
-        (["world_size=4", "train.compile=true"], ["error: train.compile=true is not available"]),
+        (["world_size=4", "parallel.cp=2"], ["error: parallel.cp=2 is not available"]),
         (["world_size=4", "tp=2"], ["did you mean parallel.tp=2?"]),
         (
             ["world_size=3", "model=llama3_8b"],
@@ -140,7 +140,7 @@ def test_a_growing_batch_and_muon_are_said(capsys):
     assert lines[0].endswith("parameters, 8 or 16 samples a step")
     assert [line.split()[5] for line in lines[2:5]] == ["2/4", "2/4", "4/8"]
     _, lines = listed(capsys, "world_size=1", "optimizer=muon")
-    assert "both moments of AdamW, of which Muon needs one for matrices, in float32;" in lines[-1]
+    assert "the moments of Muon and AdamW in float32;" in lines[-1]
 
 
 def test_what_is_wrong_whatever_the_layout_is_said_once(capsys):
