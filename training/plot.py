@@ -41,7 +41,11 @@ def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> P
     _decorate(axes, run_dir.name, records)
     for label, value in (references or {}).items():
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
-        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "xytext": (-4, 4)}
+        place: dict[str, Any] = {
+            "xycoords": axes.get_yaxis_transform(),
+            "textcoords": "offset points",
+            "xytext": (-4, 4),
+        }
         axes.annotate(f"{label} {value:.2f}", (1, value), ha="right", color=GREY, fontsize=8.5, **place)
     # A spike of the raw curve may leave the picture; the rest keeps its scale.
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
