@@ -35,7 +35,7 @@ def save_checkpoint(
     that stood before still stand then.
     """
     directory = run_dir / DIRECTORY
-    writer = CheckpointWriter(directory, step, state, keep)
+    writer = CheckpointWriter(directory, Manifest(step, state, {}, {}), keep)
     try:
         save(tensors, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
     except CheckpointException as error:

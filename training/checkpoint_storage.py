@@ -81,17 +81,16 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
     has left. Methods raise OSError where storage fails; torch.distributed.checkpoint carries that to every rank.
     """
 
-    def __init__(self, directory: Path, step: int, state: dict[str, Any], keep: int) -> None:
-        self.target = directory / f"step_{step:08d}"
+    def __init__(self, directory: Path, manifest: Manifest, keep: int) -> None:
+        """`manifest` says step and state, and nothing of files and tensors yet."""
+        self.target = directory / f"step_{manifest.step:08d}"
         self._directory = directory
-        self._step = step
-        self._state = state
+        self._manifest = manifest
         self._keep = keep
 
-    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+    def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
         """Refuse a state that is not finite JSON before a byte is written. Raises ValueError or TypeError."""
-        if is_coordinator:
-            encode_manifest(Manifest(self._step, self._state, {}, {}))
+        encode_manifest(self._manifest)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Leave out empty shards: several may claim one place, and a rank that has nothing else writes no file.
@@ -155,23 +154,21 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        write_whole(self._temporary / MANIFEST_NAME, encode_manifest(Manifest(self._step, self._state, files, tensors)))
-        self._make_visible()
-        write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
-        self._remove_others()
-
-    def _make_visible(self) -> None:
+        manifest = dataclasses.replace(self._manifest, files=files, tensors=tensors)
+        write_whole(self._temporary / MANIFEST_NAME, encode_manifest(manifest))
         replaced = self.target.with_name(self.target.name + REPLACED)
         if self.target.exists():
             self.target.rename(replaced)
         self._temporary.rename(self.target)
         sync(self._directory)
         sync(self._directory.parent)
+        write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
         shutil.rmtree(replaced, ignore_errors=True)
+        self._remove_others()
 
     def _remove_others(self) -> None:
         found = step_directories(self._directory)
-        complete = [path for step, path in found if step <= self._step and (path / MANIFEST_NAME).is_file()]
+        complete = [path for step, path in found if step <= self._manifest.step and (path / MANIFEST_NAME).is_file()]
         for _, path in found:
             if path not in complete[: self._keep]:
                 # Renamed first, so that a checkpoint that is half removed is invisible.

@@ -84,7 +84,10 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
     except (DataPathError, TokenizerError) as error:
         problems.append(str(error))
     if not out_of_range:
-        filled = _with_dp_shard(filled)
+        layout = config.parallel
+        remaining, rest = divmod(filled.world_size or 0, layout.pp * layout.dp_replicate * layout.cp * layout.tp)
+        if layout.dp_shard == -1 and filled.world_size and not rest:
+            filled = replace(filled, parallel=replace(layout, dp_shard=remaining))
         problems += check_relations(filled)
     if problems:
         raise ConfigError(*problems)
@@ -110,12 +113,3 @@ def _world_size(config: RunConfig, environment: Mapping[str, str]) -> int:
             f"leave world_size out or use world_size={started}"
         )
     return config.world_size or int(started or 1)
-
-
-def _with_dp_shard(config: RunConfig) -> RunConfig:
-    """Resolves dp_shard=-1 to the ranks that remain, where they can be divided."""
-    layout = config.parallel
-    fixed = layout.pp * layout.dp_replicate * layout.cp * layout.tp
-    if config.world_size is None or layout.dp_shard != -1 or config.world_size % fixed:
-        return config
-    return replace(config, parallel=replace(layout, dp_shard=config.world_size // fixed))

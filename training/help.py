@@ -98,13 +98,9 @@ def _preset_lines() -> Iterator[str]:
     chosen = {str(group): name for item in defaults if isinstance(item, DictConfig) for group, name in item.items()}
     for group, default in chosen.items():
         for preset in presets()[group]:
-            mark = "*" if preset == default else " "
-            yield f"{mark} {group}={preset}".ljust(26) + _first_comment(group, preset)
-
-
-def _first_comment(group: str, name: str) -> str:
-    lines = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return next(line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line)
+            lines = (CONF / group / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()
+            comment = next(line[2:] for line in lines if line.startswith("# ") and "@package" not in line)
+            yield f"{'*' if preset == default else ' '} {group}={preset}".ljust(26) + comment
 
 
 def _key_lines() -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from training.errors import StorageError
 
@@ -58,6 +58,49 @@ class EvaluationMetrics:
         return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
 
 
+class MetricsLog:
+    """Appends to the metrics.jsonl and samples.jsonl of a run directory. For rank 0 only.
+
+    All lines but the last survive a kill at any moment. Numbers that are not finite are written as null, as JSON knows
+    neither NaN nor infinity. Every method raises StorageError where it cannot write.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one."""
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._files = {"metrics.jsonl": _open(run_dir / "metrics.jsonl")}
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Appends a training step."""
+        self._append("metrics.jsonl", metrics.step, asdict(metrics))
+
+    def log_evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Appends an evaluation."""
+        self._append("metrics.jsonl", metrics.step, {"eval_loss": metrics.loss, "perplexity": metrics.perplexity})
+
+    def log_samples(self, step: int, samples: Sequence[Sequence[int]], crc: int) -> None:
+        """Appends what a step was fed: (dataset, epoch, window) a sample, in global order, and its tokens' crc32."""
+        if "samples.jsonl" not in self._files:
+            self._files["samples.jsonl"] = _open(self._run_dir / "samples.jsonl")
+        self._append("samples.jsonl", step, {"samples": samples, "crc": crc})
+
+    def _append(self, name: str, step: int, values: dict[str, Any]) -> None:
+        record = {"step": step, "attempt": self._attempt} | values
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = None
+        with _appending_to(self._run_dir / name):
+            self._files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._files[name].flush()
+
+    def close(self) -> None:
+        """Closes both files."""
+        for name, file in self._files.items():
+            with _appending_to(self._run_dir / name):
+                file.close()
+
+
 @contextmanager
 def _appending_to(path: Path) -> Iterator[None]:
     try:
@@ -68,67 +111,15 @@ def _appending_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-class _LineFile:
-    """A file that whole lines are appended to, so that all but the last survive a kill at any moment."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _appending_to(path):
-            self._file = path.open("a+b")
-            if self._file.tell():
-                self._file.seek(-1, 2)
-                if self._file.read(1) != b"\n":
-                    # A killed writer left half a line: end it, or the next line would be lost with it.
-                    self._file.write(b"\n")
-
-    def append(self, record: dict[str, Any]) -> None:
-        with _appending_to(self._path):
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with _appending_to(self._path):
-            self._file.close()
-
-
-class MetricsLog:
-    """Appends to the metrics.jsonl and samples.jsonl of a run directory. For rank 0 only.
-
-    Numbers that are not finite are written as null, as JSON knows neither NaN nor infinity. Every line is handed to the
-    operating system at once. Every method that writes raises StorageError where it cannot.
-    """
-
-    def __init__(self, run_dir: Path, attempt: int) -> None:
-        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one."""
-        self._run_dir = run_dir
-        self._attempt = attempt
-        self._files = {"metrics": _LineFile(run_dir / "metrics.jsonl")}
-
-    def log_step(self, metrics: StepMetrics) -> None:
-        """Appends a training step."""
-        self._append("metrics", metrics.step, asdict(metrics))
-
-    def log_evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Appends an evaluation."""
-        self._append("metrics", metrics.step, {"eval_loss": metrics.loss, "perplexity": metrics.perplexity})
-
-    def log_samples(self, step: int, samples: Sequence[Sequence[int]], crc: int) -> None:
-        """Appends what a step was fed: (dataset, epoch, window) a sample, in global order, and its tokens' crc32."""
-        self._append("samples", step, {"samples": samples, "crc": crc})
-
-    def _append(self, name: str, step: int, values: dict[str, Any]) -> None:
-        record = {"step": step, "attempt": self._attempt} | values
-        for key, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[key] = None
-        if name not in self._files:
-            self._files[name] = _LineFile(self._run_dir / f"{name}.jsonl")
-        self._files[name].append(record)
-
-    def close(self) -> None:
-        """Closes both files."""
-        for file in self._files.values():
-            file.close()
+def _open(path: Path) -> BinaryIO:
+    with _appending_to(path):
+        file = path.open("a+b")
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                # A killed writer left half a line: end it, or the next line would be lost with it.
+                file.write(b"\n")
+        return file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

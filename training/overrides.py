@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.settings import describe_type, presets, setting_types, suggest_keys, unknown, unknown_preset
+from training.settings import closest, describe_type, presets, setting_types, suggest_keys, unknown
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,10 @@ def _override_problem(word: str, schema: DictConfig) -> str | None:
     if declared is None:
         if value in groups[key] or (key == "experiment" and value is None):
             return None
-        return unknown_preset(key, value) + (f"; for a file of tokens write data.path={value}" if key == "data" else "")
+        guess = closest(str(value), groups[key])
+        known = f"{f'did you mean {guess}? ' if guess else ''}known: {', '.join(groups[key])}"
+        hint = f"; for a file of tokens write data.path={value}" if key == "data" else ""
+        return f"{key}={value}: no such preset; {known}{hint}"
     try:
         if "bool" in str(declared) and isinstance(value, (int, float)) and value not in (0, 1):
             raise ValidationError  # OmegaConf would take any number for true
@@ -126,9 +129,8 @@ def expand_sweep(words: Sequence[str]) -> list[tuple[list[str], str]]:
         try:
             override = parser.parse_override(word)
         except HydraException:
-            fixed.append(word)  # composing says what is wrong with it
-            continue
-        if not override.is_sweep_override():
+            override = None  # composing says what is wrong with it
+        if override is None or not override.is_sweep_override():
             fixed.append(word)
             continue
         try:

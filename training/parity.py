@@ -149,13 +149,13 @@ def own_rows(config: RunConfig, dp_rank: int) -> list[slice]:
     return [slice(start, start + micro) for start in starts]
 
 
-def parity_rank(rank: int, world_size: int, config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory | None:  # noqa: ARG001
+def parity_rank(rank: int, world_size: int, config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:  # noqa: ARG001
     """`run_layout`, as `run_ranks` calls it."""
     return run_layout(config, batches)
 
 
-def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory | None:
-    """Take an optimizer step with each global batch, as a training run does; the whole result, on rank 0 alone.
+def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
+    """Take an optimizer step with each global batch, as a training run does; whole tensors are on rank 0 alone.
 
     Collective, in a process group of the configuration's `world_size` ranks on CPU. The learning rate stays at its
     peak.
@@ -174,7 +174,10 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory |
     initial_weights = gather("initial weight", parameters)
     steps = []
     for number, batch in enumerate(batches, start=1):
-        share = [_part(batch, rows) for rows in own_rows(config, mesh.dp_rank)]
+        share = [
+            MicroBatch(batch.input_ids[rows], batch.labels[rows], [], batch.sample_indices[rows])
+            for rows in own_rows(config, mesh.dp_rank)
+        ]
         accumulated = train_step.accumulate(share)
         found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
         gradients = gather(f"step {number}: gradient", found)
@@ -182,13 +185,7 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory |
         loss, gradient_norm = result.numbers.read()
         steps.append(StepRecord(loss, gradient_norm, gradients))
     weights = gather(f"after step {len(batches)}: weight", parameters)
-    if dist.get_rank() != 0:
-        return None
     return Trajectory(initial_weights, steps, weights, faults)
-
-
-def _part(batch: MicroBatch, rows: slice) -> MicroBatch:
-    return MicroBatch(batch.input_ids[rows], batch.labels[rows], [], batch.sample_indices[rows])
 
 
 def _gather(

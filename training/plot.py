@@ -34,19 +34,24 @@ def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> P
     axes = figure.add_subplot()
     shown = list((references or {}).values()) + [loss for _, loss in validation]
     if training:
-        shown += _draw_training(axes, training)
+        steps, losses = zip(*training, strict=True)
+        reach = len(losses) // 60
+        averages = smooth(losses, reach)
+        shown += averages
+        axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.3)
+        marker = "o" if len(losses) == 1 else ""
+        label = f"training loss{' (smoothed)' if reach else ''} {averages[-1]:.3f}"
+        axes.plot(steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
     if validation:
         label = f"validation loss {validation[-1][1]:.3f}"
         axes.plot(*zip(*validation, strict=True), "o-", color=RED, markersize=4.5, linewidth=1.2, label=label)
     _decorate(axes, run_dir.name, records)
+    edge = axes.get_yaxis_transform()  # x as a share of the width, y as a loss
     for label, value in (references or {}).items():
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
-        place: dict[str, Any] = {
-            "xycoords": axes.get_yaxis_transform(),
-            "textcoords": "offset points",
-            "xytext": (-4, 4),
-        }
-        axes.annotate(f"{label} {value:.2f}", (1, value), ha="right", color=GREY, fontsize=8.5, **place)
+        axes.annotate(
+            f"{label} {value:.2f}", (1, value), (-4, 4), edge, "offset points", ha="right", color=GREY, size=8.5
+        )
     # A spike of the raw curve may leave the picture; the rest keeps its scale.
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     axes.set_ylim(min(shown) - margin, max(shown) + 1.5 * margin)
@@ -72,18 +77,6 @@ def _points(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """The steps and values of `key`, those that are finite."""
     found = [(record["step"], record.get(key)) for record in records]
     return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
-
-
-def _draw_training(axes: "Axes", points: list[tuple[int, float]]) -> list[float]:
-    """Draws the raw curve, pale, under its average. Returns the average's values."""
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    reach = len(losses) // 60
-    averages = smooth(losses, reach)
-    axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.3)
-    marker = "o" if len(points) == 1 else ""
-    label = f"training loss{' (smoothed)' if reach else ''} {averages[-1]:.3f}"
-    axes.plot(steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
-    return averages
 
 
 def _decorate(axes: "Axes", name: str, records: list[dict[str, Any]]) -> None:

@@ -71,11 +71,3 @@ def unknown(typed: str, key: str, value: str | None = None) -> str:
     guesses = " or ".join(f"{guess}{assigned}" for guess in suggest_keys(key))
     hint = f"did you mean {guesses}?" if guesses else "--help shows the groups, --cfg job every key=value"
     return f"unknown {typed}; {hint}"
-
-
-def unknown_preset(group: str, name: object) -> str:
-    """The message for a preset that a group does not have."""
-    names = presets()[group]
-    guess = closest(str(name), names)
-    hint = f"did you mean {guess}? known: " if guess else "known: "
-    return f"{group}={name}: no such preset; {hint}{', '.join(names)}"
