@@ -25,8 +25,9 @@ FLOAT16_FACTOR = 16.0
 """In float16 hidden states are divided by it before their product with a chunk's logit gradients, and the product is
 multiplied in float32: summed over thousands of rows of one token, it would leave the range whatever the loss scale."""
 
-CPU_BLOCK_BYTES = 2 * 2**20
-"""Element-wise work on a CPU goes by blocks of rows that stay in its cache; a GPU takes a chunk at once."""
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}
+"""Element-wise work that is not compiled goes by blocks of rows of this size in float32: so that they stay in a CPU's
+cache, and take little of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class LinearCrossEntropy(nn.Module):
         """False keeps all eager, for comparison."""
         self._buffer: torch.Tensor | None = None
         self._plain = _ElementWise(_softmax, _sums_and_targets, _exponentials)
-        self._compiled = _ElementWise(*map(CompiledFunction, self._plain))
+        fused = _fused_softmax, _sums_and_targets, _exponentials
+        self._compiled = _ElementWise(*(CompiledFunction(function) for function in fused))
 
     def forward(
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard | None = None
@@ -85,9 +87,11 @@ class LinearCrossEntropy(nn.Module):
 def compiles_loss(vocabulary: int, dtype: torch.dtype, device_type: str) -> bool:
     """Whether the loss compiles its element-wise part, for a weight of so many rows on this rank.
 
-    Only where it pays and a compiler is found; never in float64, which is for checking.
+    Only where it pays and a compiler is found: not on a CPU, where blocks in the cache are as fast, and not in float64,
+    which is for checking.
     """
-    return vocabulary >= COMPILED_FROM and dtype != torch.float64 and missing_compiler(device_type) is None
+    pays = vocabulary >= COMPILED_FROM and dtype != torch.float64 and device_type == "cuda"
+    return pays and missing_compiler(device_type) is None
 
 
 class _ElementWise(NamedTuple):
@@ -154,11 +158,9 @@ def _losses_and_logit_gradients(
     With a `shard` the logits are those of its tokens, and two small sums over ranks are needed.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    compiled = isinstance(element_wise.softmax, CompiledFunction)
-    blocks = [slice(None)] if compiled else _blocks(logits)
     if shard is None:
         own, is_own = targets, None
-        losses = torch.cat([element_wise.softmax(logits[rows], own[rows], with_gradients) for rows in blocks])
+        losses = element_wise.softmax(logits, targets, with_gradients)
     else:
         logits[:, shard.tokens :] = -torch.inf
         maxima = logits.amax(1).to(wide)
@@ -166,6 +168,8 @@ def _losses_and_logit_gradients(
         own = targets - shard.first
         is_own = (own >= 0) & (own < shard.tokens)
         own = torch.where(is_own, own, 0)
+        compiled = isinstance(element_wise.exponentials, CompiledFunction)
+        blocks = [slice(None)] if compiled else _blocks(logits)
         parts = [element_wise.sums_and_targets(logits[rows], own[rows], maxima[rows]) for rows in blocks]
         sums, own_targets = torch.cat(parts, 1)
         totals = torch.stack([sums, torch.where(is_own, own_targets, 0.0)])
@@ -177,20 +181,45 @@ def _losses_and_logit_gradients(
                 element_wise.exponentials(logits[rows], log_sums[rows])
     if with_gradients:
         # Of the target from its loss alone: p - 1 would lose what the narrow type drops of a p near 1.
-        at_targets = torch.expm1(-losses).to(logits.dtype).unsqueeze(1)
-        own = own.unsqueeze(1)
+        at_targets = torch.expm1(-losses).to(logits.dtype)
+        places = torch.arange(len(logits), device=logits.device), own
         if is_own is not None:
-            at_targets = torch.where(is_own.unsqueeze(1), at_targets, logits.gather(1, own))
-        logits.scatter_(1, own, at_targets)
+            at_targets = torch.where(is_own, at_targets, logits[places])
+        # Not scatter_, which on a CPU goes over all of a bfloat16 matrix.
+        logits[places] = at_targets
     return losses
 
 
 def _softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """Cross entropies `[rows]`; logits `[rows, vocabulary]` become probabilities in place, if gradients are wanted."""
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    losses = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
+    """Cross entropies `[rows]`; logits `[rows, vocabulary]` become probabilities in place, if gradients are wanted.
+
+    By torch's one kernel for softmax, and on the same memory for each block: on a CPU the page faults of fresh memory
+    cost more. The sum of exponentials is had from the largest probability, which cannot vanish.
+    """
+    blocks = _blocks(logits)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    narrow = logits.dtype != wide
+    scratch = torch.empty(1 + narrow, len(logits[blocks[0]]), logits.shape[1], dtype=wide, device=logits.device)
+    losses = torch.empty(len(logits), dtype=wide, device=logits.device)
+    for rows in blocks:
+        block = logits[rows]
+        probabilities = scratch[0, : len(block)]
+        values = scratch[1, : len(block)].copy_(block) if narrow else block
+        torch.softmax(values, 1, out=probabilities)
+        target_values = values.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+        losses[rows] = values.amax(1) - probabilities.amax(1).log() - target_values
+        if with_gradients:
+            block.copy_(probabilities)
+    return losses
+
+
+def _fused_softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """The same in operations that a compiler fuses."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_sums = wide.logsumexp(1)
+    losses = log_sums - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
     if with_gradients:
-        logits.copy_(log_probabilities.exp_())
+        logits.copy_((wide - log_sums.unsqueeze(1)).exp())
     return losses
 
 
@@ -207,10 +236,8 @@ def _exponentials(logits: torch.Tensor, log_sums: torch.Tensor) -> None:
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
     """Rows of `[rows, vocabulary]` to take at once in element-wise work."""
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * wide.itemsize))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = max(1, BLOCK_BYTES[logits.device.type] // (logits.shape[1] * wide.itemsize))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 

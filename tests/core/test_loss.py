@@ -135,7 +135,7 @@ def test_gradients_are_scaled_before_they_are_rounded(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_part_is_one_graph_and_equals_the_plain_one(dtype, monkeypatch):
-    monkeypatch.setattr(core.loss, "COMPILED_FROM", VOCABULARY)
+    monkeypatch.setattr(core.loss, "compiles_loss", lambda *_: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = (LinearCrossEntropy(chunk_bytes=40 * VOCABULARY * 4) for _ in range(2))
@@ -147,15 +147,23 @@ def test_the_compiled_part_is_one_graph_and_equals_the_plain_one(dtype, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "dtype", "missing", "compiled"),
+    ("vocabulary", "dtype", "device_type", "missing", "compiled"),
     [
-        (COMPILED_FROM, torch.float32, None, True),
-        (COMPILED_FROM, torch.float16, None, True),
-        (COMPILED_FROM - 1, torch.float32, None, False),
-        (COMPILED_FROM, torch.float64, None, False),
-        (COMPILED_FROM, torch.float32, "a compiler", False),
+        (COMPILED_FROM, torch.float32, "cuda", None, True),
+        (COMPILED_FROM, torch.float16, "cuda", None, True),
+        (COMPILED_FROM - 1, torch.float32, "cuda", None, False),
+        (COMPILED_FROM, torch.float64, "cuda", None, False),
+        (COMPILED_FROM, torch.float32, "cpu", None, False),
+        (COMPILED_FROM, torch.float32, "cuda", "a compiler", False),
     ],
 )
-def test_the_loss_is_compiled_where_it_pays_and_can_be(vocabulary, dtype, missing, compiled, monkeypatch):
+def test_the_loss_is_compiled_where_it_pays_and_can_be(vocabulary, dtype, device_type, missing, compiled, monkeypatch):
     monkeypatch.setattr(core.loss, "missing_compiler", lambda _: missing)
-    assert compiles_loss(vocabulary, dtype, "cpu") == compiled
+    assert compiles_loss(vocabulary, dtype, device_type) == compiled
+
+
+def test_a_loss_beyond_what_exponentials_hold_is_exact():
+    """A probability of exp(-300) is zero in float32; its logarithm is not asked for."""
+    hidden = torch.tensor([[300.0], [-300.0], [0.0]])
+    losses = LinearCrossEntropy()(hidden, torch.tensor([[0.0], [-1.0]]), torch.tensor([1, 0, IGNORED_LABEL]))
+    assert losses.item() == pytest.approx(600)
