@@ -234,18 +234,19 @@ def _exponentials(logits: torch.Tensor, log_sums: torch.Tensor) -> None:
     logits.copy_((logits.to(log_sums.dtype) - log_sums.unsqueeze(1)).exp_())
 
 
-def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows of `[rows, vocabulary]` to take at once in element-wise work."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(1, BLOCK_BYTES[logits.device.type] // (logits.shape[1] * wide.itemsize))
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+def _blocks(matrix: torch.Tensor) -> list[slice]:
+    """Rows of a matrix to take at once in element-wise work."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    rows = max(1, BLOCK_BYTES[matrix.device.type] // (matrix.shape[1] * wide.itemsize))
+    return [slice(start, start + rows) for start in range(0, len(matrix), rows)]
 
 
 def _add_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """accumulator += left @ right, where the accumulator may be wider than the factors."""
     if accumulator.dtype == left.dtype:
         accumulator.addmm_(left, right)
-    elif left.dtype == torch.float16:
-        accumulator.add_(left @ (right / FLOAT16_FACTOR), alpha=FLOAT16_FACTOR)
-    else:
-        accumulator += left @ right
+        return
+    factor = FLOAT16_FACTOR if left.dtype == torch.float16 else 1.0
+    product = left @ (right / factor)
+    for rows in _blocks(accumulator):
+        accumulator[rows].add_(product[rows], alpha=factor)

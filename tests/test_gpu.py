@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import pretrain_gpt
-from core.loss import LinearCrossEntropy
+from core.config import ModelConfig
+from core.loss import LinearCrossEntropy, compiles_loss
+from models.gpt import build_meta_model
+from parallel.initialization import materialize
 from parallel.local_ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -46,12 +49,63 @@ def test_float64_equals_the_cpu(out_dir):
     np.testing.assert_allclose(numbers(out_dir, "on-gpu"), numbers(out_dir, "on-cpu"), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 1e-2)])
 def test_other_precisions_stay_close_to_the_cpu(out_dir, precision, tolerance):
     words = ["train.steps=5"]
     assert train(out_dir, f"exact-{precision}", "train.precision=fp64", *words, device="cpu") == 0
     assert train(out_dir, precision, f"train.precision={precision}", *words) == 0
     np.testing.assert_allclose(numbers(out_dir, precision), numbers(out_dir, f"exact-{precision}"), rtol=tolerance)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_equal_eager_ones(out_dir, recompute):
+    words = ["train.precision=fp64", "train.steps=3", "model.dropout=0.1", f"train.recompute={recompute}"]
+    assert train(out_dir, f"eager-{recompute}", *words) == 0
+    assert train(out_dir, f"compiled-{recompute}", *words, "train.compile=true") == 0
+    np.testing.assert_allclose(
+        numbers(out_dir, f"compiled-{recompute}"), numbers(out_dir, f"eager-{recompute}"), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_recomputation_keeps_less_and_selective_runs_no_attention_again(dtype):
+    config = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=4, vocab_size=512)
+    ids = torch.randint(0, 512, (4, 513), device="cuda")
+    held, attention = {}, {}
+    for recompute in ("none", "selective", "full"):
+        model = build_meta_model(config, dtype, recompute=recompute)
+        materialize(model, 0, torch.device("cuda"))
+        before = torch.cuda.memory_allocated()
+        loss = model(ids[:, :-1], ids[:, 1:])
+        held[recompute] = torch.cuda.memory_allocated() - before
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        attention[recompute] = sum(
+            event.count
+            for event in profile.key_averages()
+            if event.key.startswith("aten::_scaled_dot_product") and not event.key.endswith("backward")
+        )
+    assert held["full"] < 0.7 * held["selective"]
+    assert held["selective"] < 0.85 * held["none"]
+    assert attention["none"] == attention["selective"] == 0 < attention["full"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_loss_that_is_compiled_equals_the_plain_one(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(3000, 64, device="cuda", generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(20_000, 64, device="cuda", generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, 20_000, (3000,), device="cuda", generator=generator)
+    assert compiles_loss(20_000, dtype, "cuda")
+    found = []
+    for may_compile in (True, False):
+        loss_function = LinearCrossEntropy(chunk_bytes=1000 * 20_000 * hidden.element_size())
+        loss_function.may_compile = may_compile
+        loss = loss_function(hidden, weight, labels)
+        found.append((loss.detach(), *torch.autograd.grad(loss / 3000, (hidden, weight))))
+    for compiled, plain in zip(*found, strict=True):
+        scale = plain.float().abs().max()
+        assert (compiled.float() - plain.float()).abs().max() <= scale * (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
