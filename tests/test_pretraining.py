@@ -205,6 +205,18 @@ def test_a_run_may_change_its_precision_where_it_is_taken_up_again(out_dir):
     assert all(record["loss"] < 8 for record in records)
 
 
+def test_compiling_is_refused_where_there_is_no_compiler_and_announced_where_there_is(out_dir, monkeypatch, capfd):
+    words = ["train.compile=true", "train.steps=2"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"torch.compile needs the compiler no-such-compiler, which is not here"):
+        train(out_dir, "not-compiled", 1, *words)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # what is said is tested here, not the compiler
+    assert train(out_dir, "compiled", 2, *words) == 0
+    told = capfd.readouterr().out
+    assert told.count("step 1 takes longer: it compiles layers") == told.count("compiled in ") == 1
+
+
 def test_float16_that_overflows_at_any_loss_scale_ends_with_70(out_dir):
     words = ["train.precision=fp16", "train.initial_loss_scale=4", "model.init_std=1e9", "train.steps=9"]
     with pytest.raises(NonFiniteError, match=r"even at a loss scale of 1, try train.precision=bf16; step 3: "):
