@@ -24,6 +24,7 @@ PRECISIONS = {
 }
 
 LARGEST_SCALE = 2.0**64
+"""Far beyond what any gradient but zero allows; without an end the scale itself would overflow."""
 
 
 def choose_precision(name: str) -> Precision:
@@ -47,7 +48,7 @@ class LossScale:
     def update(self, finite: torch.Tensor) -> None:
         """Take note of whether a step's numbers were finite, a bool scalar."""
         self.good_steps = torch.where(finite, self.good_steps + 1, 0.0)
-        grows = self.good_steps == self.window
+        grows = self.good_steps >= self.window
         self.good_steps = torch.where(grows, 0.0, self.good_steps)
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
         self.scale = (self.scale * factor).clamp(max=LARGEST_SCALE)

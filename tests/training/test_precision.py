@@ -44,3 +44,11 @@ def test_the_scale_halves_at_once_and_doubles_after_a_window_of_finite_steps(out
         if good == window:
             expected, good = 2 * expected, 0
         assert scaled.scale.item() == expected
+
+
+def test_a_window_that_was_shortened_is_over_at_once_and_the_scale_has_an_end():
+    scaled = LossScale(2.0**64, 3, CPU)
+    scaled.restore({"scale": 2.0**63, "good_steps": 100.0})
+    for _ in range(4):
+        scaled.update(torch.tensor(True))
+    assert scaled.state() == {"scale": 2.0**64, "good_steps": 0.0}
