@@ -59,12 +59,11 @@ def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     runs = compose_sweep(overrides)
     for run in runs:
         resolve(compose(run), environment)
-    failure = 0
+    codes = []
     for number, run in enumerate(runs, start=1):
         print(f"run {number}/{len(runs)}: {' '.join(run)}", flush=True)
-        exit_code = subprocess.run([sys.executable, __file__, *run], check=False).returncode
-        failure = failure or exit_code
-    return failure
+        codes.append(subprocess.run([sys.executable, __file__, *run], check=False).returncode)
+    return next((code for code in codes if code != 0), 0)
 
 
 def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
