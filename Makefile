@@ -26,6 +26,7 @@ test: $(VENV)/.dev
 
 parity: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.matrix
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 # Signals and STOP files at twenty random moments of a run.
 faults: $(VENV)/.dev

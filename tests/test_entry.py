@@ -25,7 +25,7 @@ def start(folder, *words, **environment):
     ("words", "message"),
     [
         (["model.num_layer=3"], "error: unknown key model.num_layer=3; did you mean model.num_layers=3?\n"),
-        (["name=a/b", "train.compile=true"], "error: train.compile=true is not available"),
+        (["name=a/b", "parallel.cp=2"], "error: parallel.cp=2 is not available"),
         (["--cfg", "all"], "error: --cfg all: only `--cfg job`"),
         (["world_size=2"], "error: world_size=2, but one process was started: use `torchrun --standalone"),
         (["-m", "seed=1,x"], "error: seed=x: expected an integer\n"),

@@ -149,6 +149,7 @@ def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision
     assert samples(out_dir, name) == reference[1]
 
 
+@pytest.mark.slow
 def test_bf16_strays_no_further_than_other_micro_batches_do(out_dir):
     """Over 50 steps the loss of a layout differs from one process' by at most three times as much as those of
     micro-batch sizes 1, 2 and 4 in one process differ from each other."""
