@@ -68,7 +68,7 @@ def field_docs(schema: type[Any] = RunConfig, prefix: str = "") -> dict[str, str
 
 def help_page() -> str:
     """Usage, groups with their presets, the keys that matter, examples, and where to look next."""
-    lines = [
+    page = [
         "Trains a GPT. A run is a choice of presets and of values, written key=value in any order.",
         "",
         "  python pretrain_gpt.py [GROUP=PRESET ...] [KEY=VALUE ...]            one process",
@@ -90,7 +90,7 @@ def help_page() -> str:
         "  kilotron layouts            every way to divide world_size=N ranks, with the memory it takes",
         "  docs/architecture.md        how it is built",
     ]
-    return "\n".join(lines)
+    return "\n".join(page)
 
 
 def _preset_lines() -> Iterator[str]:
@@ -99,7 +99,7 @@ def _preset_lines() -> Iterator[str]:
     for group, default in chosen.items():
         for preset in presets()[group]:
             lines = (CONF / group / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()
-            comment = next(line[2:] for line in lines if line.startswith("# ") and "@package" not in line)
+            comment = next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
             yield f"{'*' if preset == default else ' '} {group}={preset}".ljust(26) + comment
 
 
