@@ -45,8 +45,7 @@ class VocabularyShard:
 class LinearCrossEntropy(nn.Module):
     """Sum of the cross entropies of softmax(hidden @ weight^T), with gradients computed in the forward pass.
 
-    Holds the buffer of logits, which every call reuses: on a CPU the page faults of fresh logits cost more than the
-    arithmetic.
+    All chunks of a call share one buffer of logits: on a CPU the page faults of fresh ones cost more than arithmetic.
     """
 
     def __init__(self, chunk_bytes: int | None = None) -> None:
@@ -55,7 +54,6 @@ class LinearCrossEntropy(nn.Module):
         self.chunk_bytes = chunk_bytes
         self.may_compile = True
         """False keeps all eager, for comparison."""
-        self._buffer: torch.Tensor | None = None
         self._plain = _ElementWise(_softmax, _sums_and_targets, _exponentials)
         fused = _fused_softmax, _sums_and_targets, _exponentials
         self._compiled = _ElementWise(*(CompiledFunction(function) for function in fused))
@@ -75,10 +73,7 @@ class LinearCrossEntropy(nn.Module):
         most = max(1, chunk_bytes // (weight.shape[0] * weight.element_size()))
         # Chunks of equal size: the last is then hardly shorter, and little is lost where it is computed as a whole one.
         rows = -(-hidden.shape[0] // -(-hidden.shape[0] // most))
-        shape = (rows, weight.shape[0])
-        buffer = self._buffer
-        if buffer is None or buffer.shape != shape or buffer.dtype != weight.dtype or buffer.device != weight.device:
-            buffer = self._buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        buffer = weight.new_empty(rows, weight.shape[0])
         compiles = self.may_compile and compiles_loss(weight.shape[0], weight.dtype, weight.device.type)
         element_wise = self._compiled if compiles else self._plain
         return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, shard, element_wise, torch.is_grad_enabled())
@@ -247,6 +242,6 @@ def _add_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Ten
         accumulator.addmm_(left, right)
         return
     factor = FLOAT16_FACTOR if left.dtype == torch.float16 else 1.0
-    product = left @ (right / factor)
+    right = right / factor
     for rows in _blocks(accumulator):
-        accumulator[rows].add_(product[rows], alpha=factor)
+        accumulator[rows].add_(left[rows] @ right, alpha=factor)

@@ -1,7 +1,8 @@
 """Data parallelism by FSDP2: one mechanism for replicas, sharding, both, and the cast from float32 master weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,8 +54,27 @@ def shard_data_parallel(
         fully_shard(unit, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=zero == 3)
     fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if not isinstance(module, FSDPModule):
+            continue
+        if mesh.dp_size > 1:  # torch before 2.15 would divide those of one rank, into a copy
             module.set_gradient_divide_factor(1.0)
             # Without it a factor of one still asks gloo for a pre-multiplied sum, which it does not have.
             module.set_force_sum_reduction_for_comms(True)
+        if mesh.fsdp.shape[-1] == 1:
+            module.set_custom_reduce_scatter(cast(Any, _ScatterToOneself()))
     return DataParallel(model, zero)
+
+
+class _ScatterToOneself:
+    """The reduce-scatter of a rank that shares gradients with none: FSDP copies them from its input to its output, for
+    which it gets the same memory."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for the input, and at the next call for the output."""
+        memory, self._input = self._input, None
+        if memory is None:
+            memory = self._input = torch.empty(size, dtype=dtype, device=device)
+        return memory
