@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 PRELOADED = [
     "torch._dynamo",
-    "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",

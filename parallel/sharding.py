@@ -26,6 +26,31 @@ class Box:
         """Elements in it."""
         return math.prod(self.lengths)
 
+    def overlap(self, other: "Box") -> "Box":
+        """What two boxes of one tensor share; of size 0 where they share nothing."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        ends = [
+            min(own + length, its + its_length)
+            for own, length, its, its_length in zip(
+                self.offsets, self.lengths, other.offsets, other.lengths, strict=True
+            )
+        ]
+        return Box(starts, tuple(max(0, end - start) for start, end in zip(starts, ends, strict=True)))
+
+    def within(self, outer: "Box") -> tuple[slice, ...]:
+        """What indexes the block in the values of an outer one."""
+        offsets = (own - its for own, its in zip(self.offsets, outer.offsets, strict=True))
+        return Box(tuple(offsets), self.lengths).slices
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """The values in a box of a whole tensor of `shape`; they share memory with the tensor that they were taken of."""
+
+    values: torch.Tensor
+    box: Box
+    shape: tuple[int, ...]
+
 
 def local_box(tensor: torch.Tensor, shape: torch.Size, coordinate: Sequence[int] | None = None) -> Box:
     """Where this rank's shard lies in a whole tensor of `shape`, which excludes the padding of a vocabulary; or that of
@@ -60,6 +85,12 @@ def local_values(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     values = tensor.detach()
     values = values.to_local() if isinstance(values, DTensor) else values
     return values[tuple(slice(length) for length in box.lengths)]
+
+
+def tensor_part(tensor: torch.Tensor, shape: torch.Size) -> TensorPart:
+    """This rank's part of `tensor`, sharded or not, whose whole has `shape` without padding."""
+    box = local_box(tensor, shape)
+    return TensorPart(local_values(tensor, box), box, tuple(shape))
 
 
 def logical_shapes(model: nn.Module) -> dict[str, torch.Size]:

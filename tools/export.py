@@ -113,7 +113,7 @@ def write_weights(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= {rule.theirs: name for rule in shard}
         with (folder / name).open("xb") as file:
-            file.write(safetensors_layout([(rule.theirs, *layout[rule]) for rule in shard])[1])
+            file.write(safetensors_layout([(rule.theirs, *layout[rule]) for rule in shard])[0])
             for rule in shard:
                 wide = join(rule, [load(ours) for ours in rule.ours])
                 value = wide.to(layout[rule][0])

@@ -1,7 +1,4 @@
-"""Storage for torch's distributed checkpoints: one safetensors file a rank, written as a stream, read by mapped ranges.
-
-torch.distributed.checkpoint plans who writes and who reads which part of a tensor; the bytes are ours.
-"""
+"""Storage of checkpoints: a safetensors file a rank, written as a stream, read by mapped ranges; visible when whole."""
 
 import dataclasses
 import hashlib
@@ -13,23 +10,15 @@ import secrets
 import shutil
 import struct
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
 from data.files import sync, write_whole
+from parallel.sharding import Box, TensorPart
 from training.errors import StorageError
 from training.manifest import DTYPES, MANIFEST_NAME, Chunk, FileEntry, Manifest, TensorEntry, encode_manifest
 
@@ -62,99 +51,66 @@ def tidy(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-class _OneCheckpoint:
-    """What torch asks of storage that could be sent from checkpoint to checkpoint; ours is made for one."""
+class Claim(NamedTuple):
+    """A rank's part of a tensor."""
 
-    @classmethod
-    def validate_checkpoint_id(cls, *_: Any) -> bool:
-        return True
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    box: Box
+    nbytes: int
 
-    def reset(self, *_: Any) -> None:
-        pass
+
+class WrittenFile(NamedTuple):
+    """What a rank wrote."""
+
+    name: str
+    entry: FileEntry
+    chunks: list[tuple[str, Chunk]]
+    """With the names of their tensors."""
 
 
-class CheckpointWriter(_OneCheckpoint, StorageWriter):
+class CheckpointWriter:
     """Writes `<directory>/step_XXXXXXXX` so that it is either complete or invisible, then keeps the newest `keep`.
 
-    Every rank streams its share into a file of a temporary directory; the coordinator writes the manifest last, renames
-    the directory, points `latest` to it, and removes older checkpoints, and those of later steps, whose course the run
-    has left. Methods raise OSError where storage fails; torch.distributed.checkpoint carries that to every rank.
+    Rank 0 begins and shares out the work, ranks write into a temporary directory, and rank 0 finishes: it writes the
+    manifest last, renames the directory, points `latest` to it, and removes older checkpoints, and those of later
+    steps, whose course the run has left. Methods raise OSError where storage fails.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, keep: int) -> None:
         """`manifest` says step and state, and nothing of files and tensors yet."""
         self.target = directory / f"step_{manifest.step:08d}"
+        self._temporary = _temporary_name(self.target)
         self._directory = directory
         self._manifest = manifest
         self._keep = keep
 
-    def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
-        """Refuse a state that is not finite JSON before a byte is written. Raises ValueError or TypeError."""
-        encode_manifest(self._manifest)
+    def begin(self, claimed: list[list[Claim]]) -> list[tuple[Path, list[str]]]:
+        """Make the temporary directory; returns it for each rank, with the tensors that the rank is to write there.
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave out empty shards: several may claim one place, and a rank that has nothing else writes no file.
-
-        Raises TypeError for what is no tensor, or of a dtype that safetensors files cannot hold.
+        Raises ValueError or TypeError for a state that is not finite JSON.
         """
-        items = []
-        for item in plan.items:
-            data = item.tensor_data
-            if data is None or data.properties.dtype not in DTYPE_NAMES:
-                raise TypeError(f"{item.index.fqn} is no tensor of a dtype that a checkpoint can hold")
-            if 0 not in data.chunk.sizes or 0 in data.size:
-                items.append(item)
-        return dataclasses.replace(plan, items=items)
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the temporary directory, on the coordinator, and tell every rank its name."""
+        entries = {claim.name: TensorEntry(claim.dtype, claim.shape, ()) for own in claimed for claim in own}
+        self._manifest = dataclasses.replace(self._manifest, tensors=entries)
+        encode_manifest(self._manifest)
         self._directory.mkdir(parents=True, exist_ok=True)
         tidy(self._directory)
-        temporary = _temporary_name(self.target)
-        temporary.mkdir()
-        return [dataclasses.replace(plan, storage_data=temporary.name) for plan in plans]
+        self._temporary.mkdir()
+        return [(self._temporary, names) for names in share_out(claimed)]
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file, where it has anything to write, and make it durable."""
-        self._temporary = self._directory / plan.storage_data
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(self._write_file(plan, planner) if plan.items else [])
-        return future
-
-    def _write_file(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        name = f"rank_{dist.get_rank():05d}.safetensors"
-        tensors = [(item.index, cast(torch.Tensor, planner.resolve_data(item))) for item in plan.items]
-        # Widest numbers first: then each tensor starts at a multiple of its own item size.
-        tensors.sort(key=lambda entry: entry[1].dtype.itemsize, reverse=True)
-        keys, header, size = safetensors_layout([(at.fqn, tensor.dtype, tuple(tensor.shape)) for at, tensor in tensors])
-        digest = hashlib.sha256(header)
-        with (self._temporary / name).open("xb") as file:
-            file.write(header)
-            for _, tensor in tensors:
-                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                digest.update(content)
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = FileEntry(size, digest.hexdigest())
-        return [
-            WriteResult(at, tensor.nbytes, (Chunk(name, key, tuple(at.offset or ()), tuple(tensor.shape)), entry))
-            for key, (at, tensor) in zip(keys, tensors, strict=True)
-        ]
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the manifest, make the checkpoint visible and remove those that are not to be kept."""
+    def finish(self, wrote: list[WrittenFile | None]) -> list[None]:
+        """Write the manifest, make the checkpoint visible, and remove those that are not to be kept."""
         chunks: dict[str, list[Chunk]] = defaultdict(list)
-        files: dict[str, FileEntry] = {}
-        for result in [result for written in results for result in written]:
-            chunk, files[chunk.file] = result.storage_data
-            chunks[result.index.fqn].append(chunk)
+        files = [file for file in wrote if file is not None]
+        for name, chunk in [pair for file in files for pair in file.chunks]:
+            chunks[name].append(chunk)
         tensors = {
-            name: TensorEntry(DTYPE_NAMES[entry.properties.dtype], tuple(entry.size), tuple(chunks[name]))
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            name: dataclasses.replace(entry, chunks=tuple(chunks[name]))
+            for name, entry in self._manifest.tensors.items()
         }
-        manifest = dataclasses.replace(self._manifest, files=files, tensors=tensors)
+        manifest = dataclasses.replace(self._manifest, files={file.name: file.entry for file in files}, tensors=tensors)
         write_whole(self._temporary / MANIFEST_NAME, encode_manifest(manifest))
         replaced = self.target.with_name(self.target.name + REPLACED)
         if self.target.exists():
@@ -165,6 +121,7 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
         write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
         shutil.rmtree(replaced, ignore_errors=True)
         self._remove_others()
+        return [None] * len(wrote)
 
     def _remove_others(self) -> None:
         found = step_directories(self._directory)
@@ -175,67 +132,86 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
                 shutil.rmtree(path.rename(_temporary_name(path)), ignore_errors=True)
 
 
-class CheckpointReader(_OneCheckpoint, StorageReader):
-    """Reads the parts of a checkpoint that this rank's `tensors` need, out of the files that hold them."""
+def claims(parts: Mapping[str, TensorPart]) -> list[Claim]:
+    """What this rank has. Raises TypeError for a dtype that safetensors files cannot hold."""
+    for name, part in parts.items():
+        if part.values.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{name} is no tensor of a dtype that a checkpoint can hold")
+    return [
+        Claim(name, DTYPE_NAMES[part.values.dtype], part.shape, part.box, part.values.nbytes)
+        for name, part in parts.items()
+    ]
 
-    def __init__(self, directory: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._tensors = tensors
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The manifest's tensors in the planner's terms."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(TORCH_DTYPES[entry.dtype]),
-                    torch.Size(entry.shape),
-                    [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)) for box in entry.chunks],
-                )
-                for name, entry in self._manifest.tensors.items()
-                if name in self._tensors
-            }
-        )
+def share_out(claimed: Sequence[Sequence[Claim]]) -> list[list[str]]:
+    """Which tensors each rank writes its part of, so that every box is written once and all write about as much.
 
-    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
-        """Refuse a checkpoint that lacks a wanted tensor, or has it in another shape. Raises StorageError."""
-        problems = []
-        for name, tensor in self._tensors.items():
-            entry = self._manifest.tensors.get(name)
-            if entry is None:
-                problems.append(f"{name} is not in it")
-            elif entry.shape != tuple(tensor.size()):
-                problems.append(f"{name} has shape {list(entry.shape)}, wanted is {list(tensor.size())}")
-        if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise StorageError(f"the checkpoint does not fit this model: {'; '.join(problems[:5])}{more}")
+    Empty parts are written by none.
+    """
+    holders: dict[Claim, list[int]] = defaultdict(list)
+    for rank, own in enumerate(claimed):
+        for claim in own:
+            if claim.box.size:
+                holders[claim].append(rank)
+    shares: list[list[str]] = [[] for _ in claimed]
+    load = [0] * len(claimed)
+    # What few ranks have first, and the largest of it: the rest evens out what they got.
+    for claim in sorted(holders, key=lambda claim: (len(holders[claim]), -claim.nbytes)):
+        writer = min(holders[claim], key=load.__getitem__)
+        shares[writer].append(claim.name)
+        load[writer] += claim.nbytes
+    return shares
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+def write_parts(path: Path, parts: Mapping[str, TensorPart]) -> WrittenFile:
+    """Stream parts of tensors into the safetensors file `path`, and make it durable."""
+    # Widest numbers first: then each tensor starts at a multiple of its own item size.
+    order = sorted(parts, key=lambda name: parts[name].values.dtype.itemsize, reverse=True)
+    header, size = safetensors_layout([(name, parts[name].values.dtype, parts[name].box.lengths) for name in order])
+    digest = hashlib.sha256(header)
+    with path.open("xb") as file:
+        file.write(header)
+        for name in order:
+            content = parts[name].values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    chunks = [(name, Chunk(path.name, name, parts[name].box.offsets, parts[name].box.lengths)) for name in order]
+    return WrittenFile(path.name, FileEntry(size, digest.hexdigest()), chunks)
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy every box of `plan` into its tensor. Raises StorageError where a file is not what the manifest says."""
-        by_file: dict[str, list[tuple[ReadItem, Chunk]]] = defaultdict(list)
-        for item in plan.items:
-            if 0 not in item.lengths:
-                chunks = self._manifest.tensors[item.storage_index.fqn].chunks
-                chunk = next(chunk for chunk in chunks if chunk.offsets == item.storage_index.offset)
-                by_file[chunk.file].append((item, chunk))
-        for name, requests in by_file.items():
-            file = SafetensorsFile(self._directory / name, self._manifest.files[name].size)
-            for item, chunk in requests:
-                saved = file.tensor(chunk.key, self._manifest.tensors[item.storage_index.fqn].dtype, chunk.lengths)
-                for dimension, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    saved = saved.narrow(dimension, offset, length)
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(saved)
-                planner.commit_tensor(item, target)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+
+def read_parts(directory: Path, manifest: Manifest, parts: Mapping[str, TensorPart]) -> None:
+    """Fill parts of tensors out of the checkpoint's files that hold them.
+
+    Raises StorageError where it lacks one, has one in another shape, or a file is not what the manifest says.
+    """
+    _refuse_what_does_not_fit(manifest, parts)
+    by_file: dict[str, list[tuple[str, Chunk, Box]]] = defaultdict(list)
+    for name, part in parts.items():
+        for chunk in manifest.tensors[name].chunks:
+            shared = part.box.overlap(Box(chunk.offsets, chunk.lengths))
+            if shared.size:
+                by_file[chunk.file].append((name, chunk, shared))
+    for file_name, pieces in by_file.items():
+        file = SafetensorsFile(directory / file_name, manifest.files[file_name].size)
+        for name, chunk, shared in pieces:
+            saved = file.tensor(chunk.key, manifest.tensors[name].dtype, chunk.lengths)
+            found = saved[shared.within(Box(chunk.offsets, chunk.lengths))]
+            parts[name].values[shared.within(parts[name].box)].copy_(found)
+
+
+def _refuse_what_does_not_fit(manifest: Manifest, parts: Mapping[str, TensorPart]) -> None:
+    problems = []
+    for name, part in parts.items():
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            problems.append(f"{name} is not in it")
+        elif entry.shape != part.shape:
+            problems.append(f"{name} has shape {list(entry.shape)}, wanted is {list(part.shape)}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise StorageError(f"the checkpoint does not fit this model: {'; '.join(problems[:5])}{more}")
 
 
 class SafetensorsFile:
@@ -263,25 +239,16 @@ class SafetensorsFile:
         return tensor
 
 
-def safetensors_layout(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[str], bytes, int]:
-    """Lay out a safetensors file of (name, dtype, shape) in this order: their keys, the header, the file's size.
-
-    A key is the tensor's name; further chunks of one tensor are told apart by a number.
-    """
+def safetensors_layout(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """Lay out a safetensors file of (name, dtype, shape) in this order: the header, and the file's size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    keys: list[str] = []
     end = 0
     for name, dtype, shape in tensors:
-        key, number = name, 0
-        while key in header:
-            number += 1
-            key = f"{name}#{number}"
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-        keys.append(key)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return keys, struct.pack("<Q", len(text)) + text, 8 + len(text) + end
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
 
 
 def _temporary_name(path: Path) -> Path:

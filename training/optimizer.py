@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.checkpoint_tensor import tensor_part
+from parallel.sharding import TensorPart, tensor_part
 from training.config import OptimizerConfig
 from training.errors import ConfigError
 from training.muon import Muon
@@ -62,7 +62,7 @@ def _no_such_parameter(pattern: str, names: list[str]) -> str:
 
 def training_tensors(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, shapes: dict[str, torch.Size]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, TensorPart]:
     """Every tensor a checkpoint holds, by name: `model.NAME` and `optimizer.KEY.NAME`.
 
     Args:
@@ -70,7 +70,7 @@ def training_tensors(
         optimizer: whose state exists.
         shapes: of the whole parameters, without padding.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, TensorPart] = {}
     for name, parameter in parameters.items():
         tensors[f"model.{name}"] = tensor_part(parameter, shapes[name])
         for key, value in optimizer.state[parameter].items():

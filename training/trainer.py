@@ -23,11 +23,10 @@ from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero
-from parallel.sharding import logical_shapes
+from parallel.sharding import logical_shapes, tensor_part
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
-from training.checkpoint_tensor import tensor_part
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
 from training.garbage import collection_every
@@ -228,9 +227,7 @@ class Trainer:
         of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
         if of_model:
             raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
-        weights: dict[str, torch.Tensor] = {
-            f"model.{name}": tensor_part(value, self.shapes[name]) for name, value in self.parameters.items()
-        }
+        weights = {f"model.{name}": tensor_part(value, self.shapes[name]) for name, value in self.parameters.items()}
         load_checkpoint(path, manifest, weights)
         self._note(f"weights from {path}")
 

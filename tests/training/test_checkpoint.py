@@ -149,7 +149,7 @@ def test_ranks_share_the_writing_of_replicated_tensors(saved):
 
 
 def _save_one_row(rank, world_size, run_dir):
-    mesh = init_device_mesh("cpu", (world_size,))
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp_shard",))
     row = distribute_tensor(torch.ones(1, 3), mesh, [Shard(0)])
     return save_checkpoint(run_dir, 1, {"row": row}, {}, keep=1)
 

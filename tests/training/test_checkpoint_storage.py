@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from training.checkpoint_storage import DTYPE_NAMES, SafetensorsFile, safetensors_layout
+from parallel.sharding import Box
+from training.checkpoint_storage import DTYPE_NAMES, Claim, SafetensorsFile, safetensors_layout, share_out
 from training.errors import StorageError
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
-TENSORS = st.lists(st.tuples(st.sampled_from(["a", "a#1", "b", "ü"]), st.sampled_from(list(DTYPE_NAMES)), SHAPES))
+NAMES = st.sampled_from(["a", "a.b", "b", "ü"])
+TENSORS = st.lists(st.tuples(NAMES, st.sampled_from(list(DTYPE_NAMES)), SHAPES), unique_by=lambda tensor: tensor[0])
 
 
 def _random_bytes(dtype, shape, seed):
@@ -29,15 +31,14 @@ def _random_bytes(dtype, shape, seed):
 def test_the_library_reads_what_is_laid_out(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("layout") / "file.safetensors"
     tensors = sorted(tensors, key=lambda tensor: tensor[1].itemsize, reverse=True)
-    keys, header, size = safetensors_layout(tensors)
+    header, size = safetensors_layout(tensors)
     contents = [_random_bytes(dtype, shape, seed) for seed, (_, dtype, shape) in enumerate(tensors)]
     path.write_bytes(header + b"".join(contents))
     assert path.stat().st_size == size
     assert len(header) % 8 == 0
-    assert len(set(keys)) == len(tensors)
     by_library, ours = load_file(path), SafetensorsFile(path, size)
-    assert by_library.keys() == set(keys)
-    for key, (_, dtype, shape), content in zip(keys, tensors, contents, strict=True):
+    assert by_library.keys() == {name for name, _, _ in tensors}
+    for (key, dtype, shape), content in zip(tensors, contents, strict=True):
         library = by_library[key]
         assert (library.dtype, tuple(library.shape)) == (dtype, shape)
         assert library.reshape(-1).view(torch.uint8).numpy().tobytes() == content
@@ -99,3 +100,17 @@ def test_another_length_than_the_manifest_says_is_refused(tmp_path):
     save_file({"x": torch.zeros(2, 3)}, path)
     with pytest.raises(StorageError, match=r"expected 10 bytes, found \d+"):
         SafetensorsFile(path, 10)
+
+
+def test_ranks_write_each_part_once_and_about_as_much():
+    def claim(name, size, offset=0):
+        return Claim(name, "F32", (100,), Box((offset,), (size,)), 4 * size)
+
+    replicated = [claim(f"replicated.{size}", size) for size in (40, 30, 20, 10)]
+    claimed = [[claim("cut", 10, 10 * rank), claim("empty", 0, 100), *replicated] for rank in range(3)]
+    shares = share_out(claimed)
+    assert sorted(name for share in shares for name in share) == sorted(
+        ["cut"] * 3 + [part.name for part in replicated]
+    )
+    sizes = {own.name: own.nbytes for own in claimed[0]}
+    assert [sum(sizes[name] for name in share) for share in shares] == [200, 160, 160]
