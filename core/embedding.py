@@ -8,16 +8,20 @@ from parallel.tensor import Embedding, TensorParallel, VocabParallelEmbedding
 
 
 class LanguageModelEmbedding(nn.Module):
-    """word[id] + position[index], the second only with learned positions."""
+    """word[id] + position[index], the second only with learned positions.
 
-    def __init__(self, config: ModelConfig, tensor: TensorParallel) -> None:
+    Args:
+        is_input: false for the copy of the words that a pipeline's last stage computes logits with.
+    """
+
+    def __init__(self, config: ModelConfig, tensor: TensorParallel, *, is_input: bool = True) -> None:
         super().__init__()
         self.tensor = tensor
         self.word = VocabParallelEmbedding(
             config.vocabulary, config.hidden_size, init_std=config.init_std, tensor=tensor
         )
         self.position: Embedding | None = None
-        if config.position_embedding == "learned":
+        if is_input and config.position_embedding == "learned":
             self.position = Embedding(
                 config.max_position_embeddings, config.hidden_size, init_std=config.init_std, tensor=tensor
             )

@@ -15,8 +15,17 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     usual (arXiv:2204.02311, appendix B) attention counts as if every query saw every key; looking up an embedding
     and computing activations again cost nothing. Raises ValueError while `vocab_size` is null.
     """
+    return config.num_layers * layer_flops(config, seq_length) + head_flops(config)
+
+
+def layer_flops(config: ModelConfig, seq_length: int) -> int:
+    """What one layer takes of that."""
     query, key_value = (heads * config.head_size for heads in (config.num_attention_heads, config.query_groups))
     ffn = config.ffn_size * (3 if config.activation == "swiglu" else 2)
     keys = min(seq_length, config.sliding_window or seq_length)
-    layer = config.hidden_size * (2 * query + 2 * key_value + ffn) + 2 * query * keys
-    return 6 * (config.num_layers * layer + config.hidden_size * config.vocabulary)
+    return 6 * (config.hidden_size * (2 * query + 2 * key_value + ffn) + 2 * query * keys)
+
+
+def head_flops(config: ModelConfig) -> int:
+    """What the output head takes of that."""
+    return 6 * config.hidden_size * config.vocabulary

@@ -15,32 +15,45 @@ from core.dropout import DropoutKey, DropoutSite, dropout, dropout_place
 from core.embedding import LanguageModelEmbedding
 from core.loss import LinearCrossEntropy, VocabularyShard
 from core.norm import build_norm
+from parallel.stages import Stage
 from parallel.tensor import TensorParallel, VocabParallelEmbedding, local
 
 
 class GPTModel(nn.Module):
-    """A decoder-only transformer language model.
+    """A decoder-only transformer language model, or one pipeline stage of it.
 
-    Built on the meta device; `parallel.initialization.materialize` gives it memory and values.
+    Built on the meta device; `parallel.initialization.materialize` gives it memory and values. A parameter has the same
+    name in every stage and layout. A last stage has its own copy of a tied embedding, under the embedding's name.
 
     Args:
         tensor: the ranks that share each weight matrix; None: this rank alone.
+        stage: which part of the model; None: all of it.
         seed: what dropout depends on beside samples and positions.
         recompute: what the backward pass computes again rather than keep: none, selective or full.
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: TensorParallel | None = None, *, seed: int = 0, recompute: str = "none"
+        self,
+        config: ModelConfig,
+        tensor: TensorParallel | None = None,
+        *,
+        stage: Stage | None = None,
+        seed: int = 0,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
         self.tensor = tensor = tensor or TensorParallel()
-        self.embedding = LanguageModelEmbedding(config, tensor)
+        self.stage = stage = stage or Stage(0, range(config.num_layers))
+        if stage.is_first or (stage.is_last and config.tie_embeddings):
+            self.embedding = LanguageModelEmbedding(config, tensor, is_input=stage.is_first)
         self.embedding_place = dropout_place(0, DropoutSite.EMBEDDING)
-        self.block = TransformerBlock(config, range(config.num_layers), tensor, recompute=recompute)
-        self.final_norm = build_norm(config, tensor)
+        self.block = TransformerBlock(config, stage.layers, tensor, recompute=recompute)
         self.head: VocabParallelEmbedding | None = None
+        if not stage.is_last:
+            return
+        self.final_norm = build_norm(config, tensor)
         if not config.tie_embeddings:
             self.head = VocabParallelEmbedding(
                 config.vocabulary, config.hidden_size, init_std=config.init_std, tensor=tensor
@@ -48,19 +61,23 @@ class GPTModel(nn.Module):
         self.cross_entropy = LinearCrossEntropy()
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, sample_indices: torch.Tensor | None = None
+        self, inputs: torch.Tensor, labels: torch.Tensor, sample_indices: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The summed loss of labels `[batch, seq]` after input ids `[batch, seq]`: a scalar in at least float32.
 
-        `sample_indices` `[batch]`, each sample's index in the run, are what dropout depends on; without them nothing is
-        dropped out.
+        A stage that is not the first takes the hidden states `[batch, seq, hidden]` of the one before, one that is not
+        the last returns its own; with sequence parallelism they are a shard of the sequence. `sample_indices`
+        `[batch]`, each sample's index in the run, are what dropout depends on; without them nothing is dropped out.
         """
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = torch.arange(labels.shape[1], device=labels.device)
         key = None
         if self.config.dropout and sample_indices is not None:
             of_shard = self.tensor.sequence_shard(positions, 0)
             key = DropoutKey.build(self.config.dropout, self.seed, sample_indices, of_shard)
-        hidden = self.tensor.expand(self._hidden(input_ids, positions, None, key))
+        hidden = self._hidden(inputs, positions, None, key)
+        if not self.stage.is_last:
+            return hidden
+        hidden = self.tensor.expand(hidden)
         table, shard = self._output, None
         if self.tensor.size > 1:
             shard = VocabularyShard(table.first_row, table.own_tokens, self.tensor.group)
@@ -101,7 +118,8 @@ class GPTModel(nn.Module):
     def sharding_units(self) -> list[nn.Module]:
         """Parts that data parallelism gathers one by one; the rest (final norm, head, tied embedding) is one more."""
         layers: list[nn.Module] = list(self.block.layers.values())
-        return layers if self.config.tie_embeddings else [self.embedding, *layers]
+        apart = self.stage.is_first and self.stage.is_last and not self.config.tie_embeddings
+        return [self.embedding, *layers] if apart else layers
 
     @property
     def _output(self) -> VocabParallelEmbedding:
@@ -109,14 +127,18 @@ class GPTModel(nn.Module):
 
     def _hidden(
         self,
-        input_ids: torch.Tensor,
+        inputs: torch.Tensor,
         positions: torch.Tensor,
         caches: Sequence[KeyValueCache] | None,
         key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """The residual stream after the last norm: `[batch, seq, hidden]`, with sequence parallelism a shard of it."""
-        x = dropout(self.embedding(input_ids, positions), key, self.embedding_place)
-        return self.final_norm(self.block(x, positions, caches, key))
+        """The residual stream, after the last norm where that is here: `[batch, seq, hidden]`, with sequence
+        parallelism a shard of it."""
+        x = inputs
+        if self.stage.is_first:
+            x = dropout(self.embedding(inputs, positions), key, self.embedding_place)
+        x = self.block(x, positions, caches, key)
+        return cast(torch.Tensor, self.final_norm(x)) if self.stage.is_last else x
 
 
 def build_meta_model(
@@ -124,9 +146,10 @@ def build_meta_model(
     dtype: torch.dtype,
     tensor: TensorParallel | None = None,
     *,
+    stage: Stage | None = None,
     seed: int = 0,
     recompute: str = "none",
 ) -> GPTModel:
-    """The model on the meta device: shapes and names, no memory."""
+    """The model, or a stage of it, on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        return GPTModel(config, tensor, seed=seed, recompute=recompute).to(dtype)
+        return GPTModel(config, tensor, stage=stage, seed=seed, recompute=recompute).to(dtype)

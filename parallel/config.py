@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from parallel.stages import default_stages_a_rank
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -12,15 +14,15 @@ class ParallelConfig:
     sequence: bool | None = None
     """Sequence parallelism beside tp: norms and residuals on shards of the sequence; null: on where tp > 1."""
     pp: int = field(default=1, metadata={"min": 1})
-    """Pipeline parallelism: stages."""
+    """Pipeline parallelism: ranks that each have a part of the layers."""
     pp_schedule: str = field(
         default="1f1b", metadata={"choices": ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")}
     )
-    """Order in which a stage runs its micro-batches."""
-    virtual_stages: int = field(default=1, metadata={"min": 1})
-    """Model chunks a pipeline rank holds."""
-    layers_per_stage: list[int] | None = None
-    """Layers of each stage in order; null: divided by cost."""
+    """Order in which a rank runs the micro-batches of its stages; zb, zbv and dualpipev leave hardly any idle time."""
+    virtual_stages: int | None = field(default=None, metadata={"min": 1})
+    """Stages a pipeline rank has; null: 2 for interleaved, zbv and dualpipev, else 1."""
+    layers_per_stage: list[int] | None = field(default=None, metadata={"min": 1})
+    """Layers of each stage in order; null: divided by cost, the output head's included."""
     cp: int = field(default=1, metadata={"min": 1})
     """Context parallelism: ranks that share each sequence."""
     cp_method: str = field(default="allgather", metadata={"choices": ("allgather", "ulysses", "ring")})
@@ -31,9 +33,9 @@ class ParallelConfig:
     """Data-parallel replicas that hold whole weights."""
     dp_shard: int = field(default=-1, metadata={"min": -1})
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: all ranks that remain."""
-    zero: int = field(default=3, metadata={"choices": (1, 2, 3)})
+    zero: int | None = field(default=None, metadata={"choices": (1, 2, 3)})
     """3 gathers weights in forward and backward and reduces gradients every micro-batch (least memory);
-    2 gathers once a step; 1 gathers and reduces once a step (least communication)."""
+    2 gathers once a step; 1 gathers and reduces once a step (least communication); null: 1 where pp > 1, else 3."""
     timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
     """Minutes that a rank waits for the others, or for rank 0 to prepare data, before it takes them for lost."""
 
@@ -46,3 +48,18 @@ class ParallelConfig:
     def sequence_parallel(self) -> bool:
         """Whether norms and residuals are on shards of the sequence."""
         return self.tp > 1 and self.sequence is not False
+
+    @property
+    def zero_stage(self) -> int:
+        """`zero`, or what stands for null."""
+        return self.zero or (1 if self.pp > 1 else 3)
+
+    @property
+    def stages_a_rank(self) -> int:
+        """`virtual_stages`, or what stands for null."""
+        return self.virtual_stages or (default_stages_a_rank(self.pp_schedule) if self.pp > 1 else 1)
+
+    @property
+    def stages(self) -> int:
+        """Parts that the layers are divided into."""
+        return self.pp * self.stages_a_rank

@@ -1,7 +1,6 @@
 """Data parallelism by FSDP2: one mechanism for replicas, sharding, both, and the cast from float32 master weights."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,24 +9,43 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.mesh import ParallelMesh
 
+Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""A micro-batch: what enters the model, and what goes with it by name; all with the samples first."""
+Scaling = Callable[[torch.Tensor], torch.Tensor]
+"""Makes of a micro-batch's loss what its gradient is taken of."""
 
-@dataclass(frozen=True)
+
 class DataParallel:
     """A model whose gradients are summed over the data-parallel ranks.
 
-    `zero` is that of ParallelConfig. Gradients are summed, never averaged: the loss is divided once, by the tokens of
-    the global batch.
+    Gradients are summed, never averaged: the loss is divided once, by the tokens of the global batch.
+
+    Args:
+        zero: that of ParallelConfig.
     """
 
-    model: nn.Module
-    zero: int
+    def __init__(self, model: nn.Module, zero: int) -> None:
+        self.model = model
+        self.zero = zero
 
-    def before_micro_batch(self, *, last: bool) -> None:
-        """Say what happens in the coming micro-batch; `last` closes the step."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last or self.zero > 1)
-            self.model.set_requires_all_reduce(last)
-            self.model.set_reshard_after_backward(last or self.zero > 2)
+    @property
+    def uncounted(self) -> list[nn.Parameter]:
+        """Parameters that are copies of others."""
+        return []
+
+    def forward_backward(self, batches: Sequence[Batch], scaling: Scaling) -> torch.Tensor:
+        """Add to every parameter's `grad`; returns the losses `[micro_batches]` in float64."""
+        losses = []
+        for index, (inputs, others) in enumerate(batches):
+            self._before_micro_batch(last=index == len(batches) - 1)
+            loss = self.model(inputs, **others)
+            losses.append(loss.detach().double())
+            scaling(loss).backward()
+        return torch.stack(losses)
+
+    def evaluate(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """The losses `[micro_batches]` in float64. To be called without gradients; gathered weights stay so."""
+        return torch.stack([self.model(inputs, **others).double() for inputs, others in batches])
 
     def reshard(self) -> None:
         """Free gathered weights that no backward will free: after a forward without one."""
@@ -35,11 +53,18 @@ class DataParallel:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def _before_micro_batch(self, *, last: bool) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last or self.zero > 1)
+            self.model.set_requires_all_reduce(last)
+            self.model.set_reshard_after_backward(last or self.zero > 2)
+
 
 def shard_data_parallel(
     model: nn.Module, units: Iterable[nn.Module], mesh: ParallelMesh, zero: int, compute_dtype: torch.dtype
 ) -> DataParallel:
-    """Wrap the model in FSDP2, each of `units` gathered on its own and what remains with the root.
+    """Wrap the model, or one pipeline stage, in FSDP2: each of `units` gathered on its own, and what remains with the
+    root.
 
     Parameters keep the dtype they have (the master weights) and are cast to `compute_dtype` when gathered; gradients
     are reduced in the master dtype. One rank that needs no cast is left unwrapped.

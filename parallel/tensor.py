@@ -5,8 +5,9 @@ the MLP alone. With sequence parallelism (arXiv:2205.05198) what lies between su
 With one rank each layer is the plain one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -115,9 +116,14 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tensor = tensor
-        self.replicated_parts = parts if parts is not None and parts < tensor.size else None
-        self.partial_gradient = self.replicated_parts is not None
-        shard = 0 if self.replicated_parts is None else None
+        self.deferred: DeferredGradients | None = None
+        self.own_rows: slice | None = None
+        """The rows that this rank computes with, of a matrix that is whole on every rank."""
+        if parts is not None and parts < tensor.size:
+            part, rows = tensor.rank * parts // tensor.size, out_features // parts
+            self.own_rows = slice(part * rows, (part + 1) * rows)
+        self.partial_gradient = self.own_rows is not None
+        shard = 0 if self.own_rows is None else None
         self.weight = tensor.parameter(out_features, in_features, shard=shard)
         self.initial_values: dict[str, InitialValue] = {"weight": Normal(init_std)}
         self.bias: nn.Parameter | None = None
@@ -132,11 +138,9 @@ class ColumnParallelLinear(nn.Module):
     def own(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows of weight and bias that this rank computes with."""
         weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
-        if self.replicated_parts is None:
+        if self.own_rows is None:
             return weight, bias
-        part = self.tensor.rank * self.replicated_parts // self.tensor.size
-        weight = weight.chunk(self.replicated_parts)[part]
-        return weight, None if bias is None else bias.chunk(self.replicated_parts)[part]
+        return weight[self.own_rows], None if bias is None else bias[self.own_rows]
 
 
 def column_parallel(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[torch.Tensor, ...]:
@@ -144,44 +148,11 @@ def column_parallel(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> 
 
     `[batch, seq, in]` (a shard of the sequence with sequence parallelism) to a `[batch, seq, out / ranks]` each.
     """
-    tensor = layers[0].tensor
-    if tensor.size == 1:
+    tensor, deferred = layers[0].tensor, layers[0].deferred
+    if tensor.size == 1 and deferred is None:
         return tuple(F.linear(x, *layer.own()) for layer in layers)
-    parameters = [parameter for layer in layers for parameter in layer.own()]
-    return cast(tuple[torch.Tensor, ...], _ColumnProducts.apply(x, tensor.group, tensor.sequence, *parameters))
-
-
-class _ColumnProducts(torch.autograd.Function):
-    """Products of one input with several weights; communication runs beside the products of the backward pass.
-
-    Only the shard of the input is kept under sequence parallelism: it is gathered again for the weights' gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, sequence: bool, *parameters: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        weights, biases = cast(Sequence[torch.Tensor], parameters[::2]), parameters[1::2]
-        ctx.save_for_backward(x, *weights)
-        ctx.group, ctx.sequence, ctx.with_bias = group, sequence, [bias is not None for bias in biases]
-        whole = start_gather(x, group)() if sequence else x
-        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        gathering = start_gather(x, ctx.group) if ctx.sequence else None
-        gradients = tuple(gradient.contiguous() for gradient in gradients)
-        of_input = gradients[0] @ weights[0]
-        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-            of_input.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)
-        reducing = (start_sum_scatter if ctx.sequence else start_sum)(of_input, ctx.group)
-        whole = (x if gathering is None else gathering()).flatten(0, -2)
-        of_parameters: list[torch.Tensor | None] = []
-        for gradient, with_bias in zip(gradients, ctx.with_bias, strict=True):
-            rows = gradient.flatten(0, -2)
-            of_parameters += [rows.t() @ whole, rows.sum(0) if with_bias else None]
-        return reducing(), None, None, *of_parameters
+    group = tensor.group if tensor.size > 1 else None
+    return _products(x, group, tensor.sequence, layers)
 
 
 class RowParallelLinear(nn.Module):
@@ -191,11 +162,14 @@ class RowParallelLinear(nn.Module):
         in_features: width of the whole input.
     """
 
+    own_rows: slice | None = None
+
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, init_std: float, tensor: TensorParallel
     ) -> None:
         super().__init__()
         self.tensor = tensor
+        self.deferred: DeferredGradients | None = None
         self.weight = tensor.parameter(out_features, in_features, shard=1)
         self.initial_values: dict[str, InitialValue] = {"weight": Normal(init_std)}
         self.bias: nn.Parameter | None = None
@@ -205,11 +179,119 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, in / ranks]` to `[batch, seq, out]` (a shard of the sequence with sequence parallelism)."""
-        bias = None if self.bias is None else local(self.bias)
+        y = F.linear(x, *self.own()) if self.deferred is None else _products(x, None, False, [self])[0]
         if self.tensor.size == 1:
-            return F.linear(x, local(self.weight), bias)
-        y = self.tensor.reduce(F.linear(x, local(self.weight)))
-        return y if bias is None else y + bias
+            return y
+        y = self.tensor.reduce(y)
+        return y if self.bias is None else y + local(self.bias)
+
+    def own(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's columns of the weight, and the bias where it is not added to a sum over ranks."""
+        return local(self.weight), self.bias if self.tensor.size == 1 else None
+
+
+class DeferredGradients:
+    """Puts off the products that give the gradients of a module's matrices, while gradients of inputs go on.
+
+    From then on a backward pass leaves these products here, biases' sums with them, for `take` to hand out.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._waiting: list[Callable[[], None]] = []
+        for layer in module.modules():
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+                layer.deferred = self
+
+    def add(self, layers: "Layers", product: Callable[[], "Gradients"]) -> None:
+        """Put off what gives the gradients of layers' weights and biases."""
+        self._waiting.append(lambda: _add_gradients(layers, torch.no_grad()(product)()))
+
+    def take(self) -> Callable[[], None]:
+        """What runs all that was put off since the last call."""
+        products, self._waiting = self._waiting, []
+
+        def run() -> None:
+            for product in products:
+                product()
+
+        return run
+
+
+Layers = Sequence[ColumnParallelLinear | RowParallelLinear]
+Gradients = list[torch.Tensor | None]
+"""Those of weights and biases in turns, as `own` gives them."""
+
+
+def _products(
+    x: torch.Tensor, group: dist.ProcessGroup | None, sequence: bool, layers: Layers
+) -> tuple[torch.Tensor, ...]:
+    parameters = [parameter for layer in layers for parameter in layer.own()]
+    deferred = layers[0].deferred
+    defer = None if deferred is None else partial(deferred.add, layers)
+    return cast(tuple[torch.Tensor, ...], _Products.apply(x, group, sequence, defer, *parameters))
+
+
+class _Products(torch.autograd.Function):
+    """Products of one input with several weights; communication runs beside the products of the backward pass.
+
+    Only the shard of the input is kept under sequence parallelism: it is gathered again for the weights' gradients.
+    Without a group nothing is communicated. `defer` takes what gives the weights' gradients, rather than these.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        sequence: bool,
+        defer: Callable[[Callable[[], Gradients]], None] | None,
+        *parameters: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        weights, biases = cast(Sequence[torch.Tensor], parameters[::2]), parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        ctx.group, ctx.sequence, ctx.defer = group, sequence, defer
+        ctx.with_bias = [bias is not None for bias in biases]
+        whole = start_gather(x, group)() if group is not None and sequence else x
+        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        group, sequence, defer, with_bias = ctx.group, ctx.sequence, ctx.defer, ctx.with_bias
+        gathering = start_gather(x, group) if sequence and defer is None else None
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
+        of_input = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+            of_input.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)
+        reducing = None if group is None else (start_sum_scatter if sequence else start_sum)(of_input, group)
+        found: Gradients = [None for _ in gradients for _ in range(2)]
+        if defer is None:
+            found = _of_parameters(x if gathering is None else gathering(), gradients, with_bias)
+        else:
+            defer(lambda: _of_parameters(start_gather(x, group)() if sequence else x, gradients, with_bias))
+        return of_input if reducing is None else reducing(), None, None, None, *found
+
+
+def _of_parameters(whole: torch.Tensor, gradients: Sequence[torch.Tensor], with_bias: Sequence[bool]) -> Gradients:
+    found: Gradients = []
+    for gradient, has_bias in zip(gradients, with_bias, strict=True):
+        rows = gradient.flatten(0, -2)
+        found += [rows.t() @ whole.flatten(0, -2), rows.sum(0) if has_bias else None]
+    return found
+
+
+def _add_gradients(layers: Layers, gradients: Sequence[torch.Tensor | None]) -> None:
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    own_rows = [layer.own_rows for layer in layers for _ in range(2)]
+    for parameter, gradient, rows in zip(parameters, gradients, own_rows, strict=True):
+        if parameter is None or gradient is None:
+            continue
+        if rows is not None:
+            gradient, part = torch.zeros_like(local(parameter)), gradient
+            gradient[rows] = part
+        if isinstance(parameter, DTensor):
+            gradient = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 class VocabParallelEmbedding(nn.Module):

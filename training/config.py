@@ -5,8 +5,10 @@ import re
 from dataclasses import dataclass, field
 
 from core.config import ModelConfig
+from core.flops import head_flops, layer_flops
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from parallel.stages import divide_layers, takes
 from training.batch_schedule import BatchSchedule, parse_batch_schedule
 
 
@@ -181,10 +183,26 @@ class RunConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples a rank takes at once."""
+        """Samples a rank takes at once: as many as there are, or as leave enough micro-batches for a pipeline."""
         if self.train.micro_batch_size is not None:
             return self.train.micro_batch_size
-        return math.gcd(*(size // self.parallel.dp for size in self.batches.sizes))
+        shares = [size // self.parallel.dp for size in self.batches.sizes]
+        most, layout = math.gcd(*shares), self.parallel
+        if layout.pp == 1:
+            return most
+        enough = (
+            number
+            for number in range(most, 0, -1)
+            if most % number == 0 and all(takes(layout.pp_schedule, layout.pp, share // number) for share in shares)
+        )
+        return next(enough, 1)
+
+    @property
+    def layers_per_stage(self) -> list[int]:
+        """Layers of each pipeline stage. Raises ValueError where there are fewer than stages."""
+        given, model = self.parallel.layers_per_stage, self.model
+        costs = layer_flops(model, self.seq_length), 0, head_flops(model)
+        return given or divide_layers(model.num_layers, self.parallel.stages, *costs)
 
     @property
     def accumulated(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Building the optimizer, and its state as named tensors."""
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,13 +15,14 @@ from training.parameter_groups import parse_group
 from training.settings import closest
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the model's parameters; its state exists from the start.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, names: Collection[str] = ()) -> torch.optim.Optimizer:
+    """The configured optimizer over the model's parameters; its state exists from the start. `names` are those of the
+    whole model, where this is a part of it.
 
     AdamW (arXiv:1711.05101) is fused. Where `optimizer.groups` says nothing else, weight decay applies to the matrices
     of linear layers and not to norms, biases and embeddings. Raises ConfigError where a pattern matches no parameter.
     """
-    groups = _parameter_groups(model, config)
+    groups = _parameter_groups(model, config, names)
     by_muon = [group for group in groups if group["muon"]]
     by_adamw = [group for group in groups if not group["muon"]]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -36,15 +38,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return Muon(by_muon, optimizer, config) if by_muon else optimizer
 
 
-def _parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, config: OptimizerConfig, names: Collection[str]) -> list[dict[str, Any]]:
     """Parameters of equal settings; those of a `muon` group, matrices of layers, are Muon's, the others AdamW's."""
-    named = dict(model.named_parameters())
+    named = list(model.named_parameters())
     rules = [parse_group(text) for text in config.groups]
-    unused = [pattern for pattern, _ in rules if not any(fnmatchcase(name, pattern) for name in named)]
+    names = names or [name for name, _ in named]
+    unused = [pattern for pattern, _ in rules if not any(fnmatchcase(name, pattern) for name in names)]
     if unused:
-        raise ConfigError(*(_no_such_parameter(pattern, list(named)) for pattern in unused))
+        raise ConfigError(*(_no_such_parameter(pattern, list(names)) for pattern in unused))
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, parameter in named.items():
+    for name, parameter in named:
         is_matrix = parameter.dim() == 2 and not name.startswith("embedding.")
         settings: dict[str, Any] = {"lr_scale": 1.0, "weight_decay": config.weight_decay if is_matrix else 0.0}
         settings["muon"] = config.name == "muon" and is_matrix and name.startswith("block.")
@@ -76,3 +79,14 @@ def training_tensors(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = tensor_part(value, shapes[name] if value.dim() else value.shape)
     return tensors
+
+
+@torch.no_grad()
+def copy_to_twins(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Where a rank has a weight twice, at both ends of a pipeline, give the other what the one in `parameters` has."""
+    for name, twin in model.named_parameters():
+        original = parameters[name]
+        if twin is not original:
+            twin.copy_(original)
+            for key, value in optimizer.state[original].items():
+                optimizer.state[twin][key].copy_(value)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from core.loss import IGNORED_LABEL
 from data.batches import MicroBatch
+from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
 from parallel.initialization import materialize
 from parallel.local_ranks import run_ranks
@@ -102,9 +103,12 @@ def one_process(config: RunConfig) -> RunConfig:
 def describe_layout(config: RunConfig) -> str:
     """A layout in words: sizes, options that change how it computes, and two of the model that layouts stumble over."""
     layout = config.parallel
-    words = [f"{key}={getattr(layout, key)}" for key in ("tp", "dp_replicate", "dp_shard") if getattr(layout, key) > 1]
+    words = [
+        f"{key}={getattr(layout, key)}" for key in ("pp", "tp", "dp_replicate", "dp_shard") if getattr(layout, key) > 1
+    ]
+    words += [layout.pp_schedule, f"layers={config.layers_per_stage}"] if layout.pp > 1 else []
     words += ["sequence"] if layout.sequence_parallel else []
-    words += [f"zero={layout.zero}"] if layout.dp > 1 else []
+    words += [f"zero={layout.zero_stage}"] if layout.dp > 1 else []
     words += [f"accumulate={config.accumulation_steps}"] if config.accumulation_steps > 1 else []
     words += [f"recompute={config.train.recompute}"] if config.train.recompute != "none" else []
     words += [config.optimizer.name] if config.optimizer.name != "adamw" else []
@@ -162,15 +166,15 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
     """
     device = torch.device("cpu")
     mesh = ParallelMesh(config.parallel, device.type)
-    data_parallel = assemble(config, mesh)
+    data_parallel = assemble(config, mesh, device)
     model = data_parallel.model
     materialize(model, config.seed, device)
     optimizer = build_optimizer(model, config.optimizer)
     loss_scale = build_loss_scale(config.train, device)
     train_step = TrainStep(data_parallel, optimizer, mesh, config.optimizer.clip_grad, device, loss_scale)
     faults: list[str] = []
-    gather = partial(_gather, logical_shapes(model), faults)
-    parameters = dict(model.named_parameters())
+    gather = partial(_gather, logical_shapes(build_meta_model(config.model, torch.float64)), faults)
+    parameters = list(model.named_parameters())
     initial_weights = gather("initial weight", parameters)
     steps = []
     for number, batch in enumerate(batches, start=1):
@@ -179,7 +183,7 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
             for rows in own_rows(config, mesh.dp_rank)
         ]
         accumulated = train_step.accumulate(share)
-        found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        found = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
         gradients = gather(f"step {number}: gradient", found)
         result = train_step.update(number, accumulated, share, config.optimizer.lr)
         loss, gradient_norm = result.numbers.read()
@@ -189,21 +193,23 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
 
 
 def _gather(
-    shapes: Mapping[str, torch.Size], faults: list[str], kind: str, tensors: Mapping[str, torch.Tensor]
+    shapes: Mapping[str, torch.Size], faults: list[str], kind: str, tensors: Sequence[tuple[str, torch.Tensor]]
 ) -> dict[str, Array]:
     """Whole tensors on rank 0, where what is wrong with them is added to `faults`; nothing elsewhere. Collective."""
-    own: dict[str, tuple[Box, Array]] = {}
-    for name, tensor in tensors.items():
+    own: list[tuple[str, Box, Array]] = []
+    for name, tensor in tensors:
         box = local_box(tensor, shapes[name])
-        own[name] = box, local_values(tensor, box).double().numpy()
+        own.append((name, box, local_values(tensor, box).double().numpy()))
     everyone = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, everyone)
     if everyone is None:
         return {}
+    pieces: dict[str, list[tuple[Box, Array]]] = {name: [] for name in shapes}
+    for name, box, values in [held for parts in everyone for held in parts]:
+        pieces[name].append((box, values))
     whole: dict[str, Array] = {}
     for name, shape in shapes.items():
-        pieces = [held[name] for held in everyone if name in held]
-        whole[name], found = put_together(tuple(shape), pieces)
+        whole[name], found = put_together(tuple(shape), pieces[name])
         faults += [f"{kind} of {name}: {fault}" for fault in found]
     return whole
 

@@ -30,7 +30,8 @@ def gather_samples(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> F
     dist.gather_object(own, gathered)
     if gathered is None:
         return None
-    gathered = gathered[:: mesh.tp_size]  # ranks that share weights feed the same
+    # Ranks that share weights, and those of one pipeline, feed the same.
+    gathered = gathered[: len(gathered) // mesh.pp_size : mesh.tp_size]
     ordered = [sample for same_index in zip(*gathered, strict=True) for samples in same_index for sample in samples]
     crc = 0
     for sample in ordered:
@@ -45,7 +46,7 @@ def describe_non_finite(
     own = [
         (f"rank {dist.get_rank()}, samples [dataset, epoch, window] {_ids(batch.samples)}", math.isfinite(loss))
         for loss, batch in zip(local_losses, micro_batches, strict=True)
-        if mesh.tp_rank == 0  # ranks that share weights feed the same
+        if mesh.tp_rank == 0 and mesh.has_loss
     ]
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from core.loss import IGNORED_LABEL
 from data.batches import MicroBatch
-from parallel.data_parallel import DataParallel
+from parallel.data_parallel import Batch, DataParallel
 from parallel.gradients import (
     local_gradients,
     partial_parameters,
@@ -69,19 +69,19 @@ class Accumulated:
     """Float64 scalar: tokens of the global batch that count in its loss."""
 
 
-def batch_to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids and labels, each `[micro_batch, seq]`, and sample indices `[micro_batch]`, on the device."""
+def batch_to_device(batch: MicroBatch, device: torch.device) -> Batch:
+    """Input ids `[micro_batch, seq]`, and labels of that shape and sample indices `[micro_batch]`, on the device."""
     arrays = batch.input_ids, batch.labels, batch.sample_indices
     input_ids, labels, sample_indices = (
         tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
         for tensor in map(torch.from_numpy, arrays)
     )
-    return input_ids, labels, sample_indices
+    return input_ids, {"labels": labels, "sample_indices": sample_indices}
 
 
-def count_tokens(labels: Sequence[torch.Tensor], mesh: ParallelMesh) -> torch.Tensor:
+def count_tokens(batches: Sequence[Batch], mesh: ParallelMesh) -> torch.Tensor:
     """Tokens that count in the loss of a global batch, a float64 scalar on the device, equal on all ranks."""
-    count = torch.stack([(part != IGNORED_LABEL).sum() for part in labels]).sum().double()
+    count = torch.stack([(others["labels"] != IGNORED_LABEL).sum() for _, others in batches]).sum().double()
     dist.all_reduce(count, group=mesh.data_group)
     return count
 
@@ -110,6 +110,8 @@ class TrainStep:
         self.clip_grad = clip_grad
         self.device = device
         self.loss_scale = loss_scale
+        uncounted = set(map(id, data_parallel.uncounted))
+        self._counted = [parameter for parameter in self.parameters if id(parameter) not in uncounted]
         self._partial = partial_parameters(data_parallel.model, mesh.tensor)
         self._non_finite = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -122,18 +124,17 @@ class TrainStep:
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Accumulated:
         """Leave in every parameter's `grad` the gradient of the mean loss over the global batch, not yet clipped."""
         batches = [batch_to_device(batch, self.device) for batch in micro_batches]
-        tokens = count_tokens([labels for _, labels, _ in batches], self.mesh)
-        losses = []
-        for index, batch in enumerate(batches):
-            self.data_parallel.before_micro_batch(last=index == len(batches) - 1)
-            loss = self.data_parallel.model(*batch)
-            losses.append(loss.detach().double())
-            mean = loss / tokens.to(loss.dtype)
-            (mean if self.loss_scale is None else mean * self.loss_scale.scale).backward()
+        tokens = count_tokens(batches, self.mesh)
+
+        def mean(loss: torch.Tensor) -> torch.Tensor:
+            scaled = loss / tokens.to(loss.dtype)
+            return scaled if self.loss_scale is None else scaled * self.loss_scale.scale
+
+        losses = self.data_parallel.forward_backward(batches, mean)
         sum_partial_gradients(self._partial, self.mesh.tensor)
         if self.loss_scale is not None:
             scale_gradients(local_gradients(self.parameters), 1 / self.loss_scale.scale)
-        return Accumulated(torch.stack(losses), tokens)
+        return Accumulated(losses, tokens)
 
     def update(
         self,
@@ -147,7 +148,7 @@ class TrainStep:
         """Sum loss, squared gradient norm and wishes to stop over all ranks in one collective, clip, and move."""
         # Tensor-parallel ranks feed the same samples.
         own_loss = accumulated.local_losses.sum() * (self.mesh.tp_rank == 0)
-        totals = torch.stack([own_loss, square_sum(self.parameters, self.mesh), own_loss.new_full((), float(stop))])
+        totals = torch.stack([own_loss, square_sum(self._counted, self.mesh), own_loss.new_full((), float(stop))])
         dist.all_reduce(totals)
         loss, gradient_norm = totals[0] / accumulated.tokens, totals[1].sqrt()
         scale = loss.new_zeros(()) if self.loss_scale is None else self.loss_scale.scale.double()

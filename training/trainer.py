@@ -18,6 +18,7 @@ from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
 from models.families import HUGGING_FACE_PREFIX, open_directory
+from models.gpt import build_meta_model
 from models.hugging_face import HuggingFaceError
 from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
@@ -32,7 +33,7 @@ from training.errors import ConfigError, NonFiniteError
 from training.garbage import collection_every
 from training.hardware import model_flops_utilization
 from training.metrics import StepMetrics
-from training.optimizer import build_optimizer, training_tensors
+from training.optimizer import build_optimizer, copy_to_twins, training_tensors
 from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
@@ -58,9 +59,9 @@ class Trainer:
         self.evaluation_due = False
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
-        self.data_parallel = assemble(config, self.mesh)
-        self.shapes = logical_shapes(self.data_parallel.model)
-        self.parameter_count = sum(shape.numel() for shape in self.shapes.values())
+        self.data_parallel = assemble(config, self.mesh, process.device)
+        self.shapes = logical_shapes(build_meta_model(config.model, torch.float32))
+        self.parameter_count = config.model.parameter_count()
         self._restore_or_initialize()
         self.train_step = TrainStep(
             self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device, self.loss_scale
@@ -195,7 +196,7 @@ class Trainer:
         else:
             materialize(model, config.seed, self.device, self._init_device())
         self.parameters = dict(model.named_parameters())
-        self.optimizer = build_optimizer(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config.optimizer, self.shapes)
         self.loss_scale = build_loss_scale(config.train, self.device)
         if chosen is not None:
             path, manifest = chosen
@@ -211,6 +212,7 @@ class Trainer:
             self._note(f"resumed from {path}")
         elif config.checkpoint.load is not None:
             self._load_weights(config.checkpoint.load)
+        copy_to_twins(model, self.parameters, self.optimizer)
         if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
             self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
 
@@ -358,11 +360,11 @@ class Trainer:
             if numbers.stop_requested():
                 break
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]
-            losses = [self.data_parallel.model(input_ids, labels).double() for input_ids, labels, _ in on_device]
-            loss = torch.stack(losses).sum() * (self.mesh.tp_rank == 0)
+            losses = self.data_parallel.evaluate([(ids, {"labels": others["labels"]}) for ids, others in on_device])
+            loss = losses.sum() * (self.mesh.tp_rank == 0)
             summed = torch.stack([loss, loss.new_full((), float(self._wishes_to_stop()))])
             dist.all_reduce(summed)
-            tokens = count_tokens([labels for _, labels, _ in on_device], self.mesh)
+            tokens = count_tokens(on_device, self.mesh)
             totals += torch.stack([summed[0], tokens, summed[1]])
             numbers = StepNumbers(totals)
         else:
