@@ -18,7 +18,7 @@ pretrain: $(VENV)/.run
 	@echo "  another text   $(BIN)/kilotron generate outputs/$(NAME) --prompt 'Return the' --temperature 0.7 --seed 1"
 	@echo "  train longer   make pretrain NAME=longer ARGS='train.steps=2000'"
 	@echo "  your own text  $(BIN)/kilotron prepare FILES --tokenizer bytes --output outputs/my_text"
-	@echo "                 $(BIN)/python pretrain_gpt.py name=my_text data.path=outputs/my_text train.steps=1000"
+	@echo "                 $(BIN)/python pretrain_gpt.py name=my_text data=files data.path=outputs/my_text train.steps=1000"
 	@echo "  every setting  $(BIN)/python pretrain_gpt.py --help"
 
 test: $(VENV)/.dev

@@ -49,7 +49,7 @@ class ParallelMesh:
         """A new group of the ranks with the first and the last stage of this rank's pipeline, None where this rank has
         neither. Collective over all ranks; the two lie on different ranks."""
         ends = [[column[0], column[-1]] for column in self.device_mesh.mesh.flatten(1).t().tolist()]
-        group, _ = dist.new_subgroups_by_enumeration(ends)
+        group, _ = dist.new_subgroups_by_enumeration(ends, group_desc="tied")
         return cast(dist.ProcessGroup | None, group)
 
     def _data_group(self, config: ParallelConfig) -> dist.ProcessGroup:

@@ -1,6 +1,7 @@
 """Pipeline parallelism: the stages of this rank, run by the schedules of torch.distributed.pipelining."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from parallel.data_parallel import Batch, DataParallel, Scaling
 from parallel.mesh import ParallelMesh
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, rank_of_stage, stages_of_rank
 from parallel.tensor import DeferredGradients, local
+from parallel.timeline import Action
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -30,6 +32,34 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+
+
+Observer = Callable[[Action], AbstractContextManager[None]]
+"""Surrounds every action of a schedule."""
+
+
+class ObservedStage(PipelineStage):
+    """A stage that says what it does."""
+
+    def __init__(self, observer: Callable[[], Observer], *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._observer = observer
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **settings: Any) -> Any:
+        """The forward pass of a micro-batch."""
+        with self._observer()(Action("F", self.stage_index, fwd_chunk_id)):
+            return super().forward_one_chunk(fwd_chunk_id, *arguments, **settings)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **settings: Any) -> None:
+        """The backward pass of a micro-batch, whole or for its input alone."""
+        kind = "B" if settings.get("full_backward", True) else "I"
+        with self._observer()(Action(kind, self.stage_index, bwd_chunk_id)):
+            super().backward_one_chunk(bwd_chunk_id, *arguments, **settings)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **settings: Any) -> None:
+        """What its backward pass put off."""
+        with self._observer()(Action("W", self.stage_index, bwd_chunk_id)):
+            super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **settings)
 
 
 class StageModules(nn.Module):
@@ -77,6 +107,7 @@ class Pipeline(DataParallel):
         if config.pp_schedule in SPLIT_BACKWARD:
             self._deferred = {index: DeferredGradients(module) for index, module in self._modules.items()}
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
+        self.observer: Observer = lambda _: nullcontext()
         self._scaling: Scaling = lambda loss: loss
         self._losses: dict[int, torch.Tensor] = {}
         self._tied = tied
@@ -160,10 +191,11 @@ class Pipeline(DataParallel):
             )
         return self._schedules[key]
 
-    def _stage(self, index: int, module: nn.Module, inputs: torch.Tensor) -> PipelineStage:
+    def _stage(self, index: int, module: nn.Module, inputs: torch.Tensor) -> ObservedStage:
         hidden = self._hidden_like(inputs)
         is_first, is_last = index == 0, index == self._config.stages - 1
-        return PipelineStage(
+        return ObservedStage(
+            lambda: self.observer,
             module,
             index,
             self._config.stages,

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": "let a trained model write",
         "describe": "say how large a model is, what a token costs and what training it holds",
         "layouts": "list the ways to divide a model over ranks",
+        "timeline": "draw what pipeline ranks do when, and how long they idle",
         "parity": "hold a layout against one process, scaled down to this machine",
         "import": "make a run directory of a Hugging Face model",
         "export": "write a run's model as a Hugging Face directory",

@@ -64,6 +64,7 @@ def _table(config: RunConfig, description: dict[str, Any]) -> str:
     parts += ["biases" if model.bias else "no biases", "tied head" if model.tie_embeddings else "untied head"]
     parts += ["qk norm"] if model.qk_norm else []
     memory = ", ".join(f"{name} {size / 1e9:,.2f} GB" for name, size in held.items())
+    number = "float64" if config.train.precision == "fp64" else "float32"
     rows = {
         "shape": f"{model.num_layers} layers, {model.hidden_size:,} wide, {model.num_attention_heads} heads of "
         f"{model.head_size}, {model.query_groups} key/value heads, MLP {model.ffn_size:,} wide",
@@ -72,7 +73,6 @@ def _table(config: RunConfig, description: dict[str, Any]) -> str:
         "parameters": f"{parameters['total']:,}: {parameters['embedding']:,} of embeddings, all active",
         "arithmetic": f"{description['flops_per_token']:,} FLOPs a token, forward and backward, "
         f"{config.seq_length:,} tokens at a time",
-        "memory": f"{memory} over all ranks, {config.train.precision} with {config.optimizer.name}; activations not "
-        f"counted",
+        "memory": f"{memory} over all ranks, {number} with {config.optimizer.name}; activations not counted",
     }
     return "\n".join(f"{name:12}{text}" for name, text in rows.items())

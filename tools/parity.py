@@ -1,6 +1,7 @@
 """`kilotron parity`: whether a configuration's layout computes what one process does, scaled down to this machine."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from parallel.stages import takes
 from training.checks import each_setting, show
 from training.compose import compose, resolve
 from training.config import CheckpointConfig, RunConfig
@@ -76,16 +78,19 @@ def scale_down(config: RunConfig) -> RunConfig:
     """A resolved configuration of the same structure that a laptop runs in seconds, in float64.
 
     Heads, key/value heads and what they are shared by stay; the ratio of the MLP's width to the hidden size stays as
-    near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism stays. The
+    near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism and stages
+    stay, with layers divided anew. The
     batch stays at its first size, and optimizer.groups go, as parameters that they name may.
     """
     layout = smaller_layout(config.parallel)
     micro_batch_size, accumulation = min(2, config.micro_batch_size), min(2, config.accumulation_steps)
+    if layout.pp > 1:
+        accumulation = next(count for count in itertools.count(1) if takes(layout.pp_schedule, layout.pp, count))
     seq_length = min(config.seq_length, -(-SEQUENCE // layout.tp) * layout.tp)
     return replace(
         config,
-        world_size=math.prod((layout.tp, layout.dp_replicate, layout.dp_shard)),
-        model=smaller_model(config.model, layout.tp, seq_length),
+        world_size=math.prod((layout.pp, layout.tp, layout.dp_replicate, layout.dp_shard)),
+        model=smaller_model(config.model, layout, seq_length),
         data=replace(config.data, seq_length=seq_length),
         parallel=layout,
         optimizer=replace(config.optimizer, eps=max(ADAM_EPS, config.optimizer.eps), groups=[]),
@@ -101,27 +106,27 @@ def scale_down(config: RunConfig) -> RunConfig:
 
 
 def smaller_layout(layout: ParallelConfig) -> ParallelConfig:
-    """The layout on at most RANKS ranks, where tensor parallelism alone does not take more.
+    """The layout on at most RANKS ranks, where tensor and pipeline parallelism alone do not take more.
 
     Fewer replicas, then fewer shards; as long as it can be, a dimension stays one.
     """
-    replicate, shard = layout.dp_replicate, layout.dp_shard
+    replicate, shard, fixed = layout.dp_replicate, layout.dp_shard, layout.pp * layout.tp
     for least in (2, 1):
-        replicate = min(replicate, max(least, RANKS // (layout.tp * shard)))
-        shard = min(shard, max(least, RANKS // (layout.tp * replicate)))
-    return replace(layout, dp_replicate=replicate, dp_shard=shard)
+        replicate = min(replicate, max(least, RANKS // (fixed * shard)))
+        shard = min(shard, max(least, RANKS // (fixed * replicate)))
+    return replace(layout, dp_replicate=replicate, dp_shard=shard, layers_per_stage=None)
 
 
-def smaller_model(model: ModelConfig, tp: int, seq_length: int) -> ModelConfig:
+def smaller_model(model: ModelConfig, layout: ParallelConfig, seq_length: int) -> ModelConfig:
     """The model with few narrow layers, and weights drawn wider so that activations keep their size."""
     head_dim = min(HEAD_DIM, model.head_size)
     hidden_size = model.num_attention_heads * head_dim
     if model.head_dim is not None:
         hidden_size = max(1, round(model.hidden_size * head_dim / model.head_size))
-    ffn_size = max(1, round(model.ffn_size / model.hidden_size * hidden_size / tp)) * tp
+    ffn_size = max(1, round(model.ffn_size / model.hidden_size * hidden_size / layout.tp)) * layout.tp
     return replace(
         model,
-        num_layers=min(LAYERS, model.num_layers),
+        num_layers=min(max(LAYERS, layout.stages), model.num_layers),
         hidden_size=min(hidden_size, model.hidden_size),
         head_dim=None if model.head_dim is None else head_dim,
         ffn_hidden_size=min(ffn_size, model.ffn_size),

@@ -43,10 +43,10 @@ def parse_batch_schedule(text: str, seq_length: int) -> BatchSchedule:
     """Read "0:32 1.5B:64", pairs of consumed tokens and samples. Raises ValueError saying what is wrong."""
     phases: list[tuple[int, int]] = []
     for pair in text.split():
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?):(\d+)", pair)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBT]?):(\d+)", pair)
         if match is None or int(match[3]) == 0:
             raise ValueError(f"{pair} is not TOKENS:SAMPLES, such as 0:32, 500M:48 or 1.5B:64 (k, M, B or T)")
-        tokens = int(Decimal(match[1]) * dict(UNITS)[match[2]])
+        tokens = int(Decimal(match[1]) * dict(UNITS)[match[2].replace("K", "k")])
         if phases and tokens <= phases[-1][0]:
             raise ValueError(f"tokens must ascend, but {pair} does not come after {phases[-1][0]:,} tokens")
         phases.append((tokens, int(match[3])))

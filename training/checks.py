@@ -13,16 +13,19 @@ from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity
 from training.config import RunConfig
 from training.parameter_groups import parse_group
+from training.pipeline_checks import (
+    check_pipeline_batch,
+    check_pipeline_options,
+    check_pipeline_settings,
+    check_stages,
+    check_virtual_stages,
+)
 from training.settings import closest
 
 NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("model.num_experts", (None,)),
     ("model.moe_top_k", (2,)),
     ("data.blend", (None,)),
-    ("parallel.pp", (1,)),
-    ("parallel.pp_schedule", ("1f1b",)),
-    ("parallel.virtual_stages", (1,)),
-    ("parallel.layers_per_stage", (None,)),
     ("parallel.cp", (1,)),
     ("parallel.cp_method", ("allgather",)),
     ("parallel.ep", (1,)),
@@ -52,6 +55,8 @@ def check_ranges(config: RunConfig) -> Iterator[str]:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 yield f"{key}={value}: must be a finite number"
+            elif isinstance(number, dict | list):
+                yield f"{key}={value}: entries must be plain values, not {number}"
             elif isinstance(number, (int, float)):
                 for name, words, holds in bounds:
                     if name in item.metadata and not holds(number, item.metadata[name]):
@@ -387,6 +392,11 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_tensor_ffn,
     check_tensor_sequence,
     check_batch,
+    check_pipeline_settings,
+    check_virtual_stages,
+    check_stages,
+    check_pipeline_batch,
+    check_pipeline_options,
     check_parameter_groups,
     check_schedule,
     check_profile,

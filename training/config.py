@@ -102,6 +102,8 @@ class TrainConfig:
     profile: str | None = None
     """Steps, such as 10-12, of which rank 0 writes a trace, a table of operators and, on a GPU, its memory over time to
     logs/profile; null: none. Three are enough; profiled steps are slower."""
+    timeline_step: int | None = field(default=None, metadata={"min": 1})
+    """A step whose pipeline schedule is drawn as it was executed, to logs/timeline_step_N.png; null: none."""
     gc_interval: int = field(default=50, metadata={"min": 0})
     """Steps between Python's garbage collections, which happen on all ranks at once; 0 leaves them to Python."""
 
@@ -199,10 +201,15 @@ class RunConfig:
 
     @property
     def layers_per_stage(self) -> list[int]:
-        """Layers of each pipeline stage. Raises ValueError where there are fewer than stages."""
-        given, model = self.parallel.layers_per_stage, self.model
-        costs = layer_flops(model, self.seq_length), 0, head_flops(model)
-        return given or divide_layers(model.num_layers, self.parallel.stages, *costs)
+        """Layers of each pipeline stage: as given, or balanced. Raises ValueError where there are fewer than stages."""
+        return self.parallel.layers_per_stage or self.balanced_layers
+
+    @property
+    def balanced_layers(self) -> list[int]:
+        """Layers of each pipeline stage by what they and the output head cost; an embedding is a look-up and costs
+        nothing. Raises ValueError where there are fewer than stages."""
+        costs = layer_flops(self.model, self.seq_length), 0, head_flops(self.model)
+        return divide_layers(self.model.num_layers, self.parallel.stages, *costs)
 
     @property
     def accumulated(self) -> list[int]:

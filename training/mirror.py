@@ -24,12 +24,16 @@ class Mirror:
         """Takes the first of `starts` that works, by what it would start; `note` prints a line."""
         self._name, self._note = name, note
         self._service: Service | None = None
+        failed = False
         for what, start in starts.items():
             try:
                 self._service = start()
             except Exception as error:
                 note(f"{name}: no {what} ({first_line(error)})")
+                failed = True
             else:
+                if failed:
+                    note(f"{name}: recording an {what} instead")
                 return
 
     def log_step(self, metrics: StepMetrics) -> None:

@@ -16,8 +16,9 @@ def parse_group(text: str) -> tuple[str, dict[str, float]]:
     for assignment in assignments.split(","):
         name, _, value = (part.strip() for part in assignment.partition("="))
         if name not in SETTINGS:
-            guess = closest(name, SETTINGS)
-            raise ValueError(f"{name!r}: {f'did you mean {guess}? ' if guess else ''}known: {', '.join(SETTINGS)}")
+            guess = closest(name, SETTINGS) or next((known for known in SETTINGS if known.startswith(name)), None)
+            hint = f"did you mean {guess}? " if name and guess else ""
+            raise ValueError(f"a group has no {name or 'setting'}; {hint}known: {', '.join(SETTINGS)}")
         try:
             settings[name] = float(value)
         except ValueError:

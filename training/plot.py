@@ -1,4 +1,4 @@
-"""loss.png: the loss curve of a run, drawn from its metrics.jsonl."""
+"""Pictures: the loss curve of a run, and what pipeline ranks do when."""
 
 import io
 import itertools
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.timeline import Span
 from training.console import humanise
 from training.metrics import read_metrics
 from training.run_directory import write_atomically
@@ -14,6 +15,8 @@ from training.run_directory import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ACTION_WORDS = {"F": "forward", "B": "backward", "I": "gradient of inputs", "W": "gradient of weights"}
+ACTION_COLOURS = {"F": "#2a6fbb", "B": "#d1495b", "I": "#d1495b", "W": "#3f9b6b"}
 BLUE, RED, INK, GREY, RULE = "#2a6fbb", "#d1495b", "#22272e", "#6b7480", "#e4e7eb"
 
 
@@ -60,6 +63,36 @@ def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> P
     path = run_dir / "loss.png"
     write_atomically(path, picture.getvalue())
     return path
+
+
+def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> bytes:
+    """A picture, as PNG, of who does what when: a row a rank, micro-batches as numbers, later stages paler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 1.2 + 0.5 * ranks), dpi=120, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    end = max(span.end for span in spans)
+    for rank, (kind, stage, number), start, stop in spans:
+        alpha = 1.0 if stage < ranks else 0.72
+        axes.barh(
+            rank, stop - start, 0.9, start, color=ACTION_COLOURS[kind], alpha=alpha, edgecolor="white", linewidth=0.4
+        )
+        if stop - start > 0.008 * end:
+            axes.annotate(f"{number}", ((start + stop) / 2, rank), ha="center", va="center", color="white", size=7)
+    for kind, words in ACTION_WORDS.items():
+        if any(span.action.kind == kind for span in spans):
+            axes.barh(0, 0, color=ACTION_COLOURS[kind], label=words)
+    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, end)
+    axes.set_xlabel(unit, color=GREY)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=GREY, length=0, labelsize=8)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.0 + 0.6 / ranks), ncols=4, frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:

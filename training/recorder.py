@@ -96,9 +96,10 @@ class Recorder:
         if evaluations and unigram_entropy is not None:
             entropy = unigram_entropy()
             references["unigram entropy"] = entropy
+            gap = entropy - evaluations[-1]
             self.console.note(
-                f"validation loss {evaluations[-1]:.3f}, {entropy - evaluations[-1]:.3f} nats below the unigram "
-                f"entropy of the validation tokens = {entropy:.3f}"
+                f"validation loss {evaluations[-1]:.3f}, {abs(gap):.3f} nats {'below' if gap >= 0 else 'above'} the "
+                f"unigram entropy of the validation tokens = {entropy:.3f}"
             )
         self._plot(references)
 

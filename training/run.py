@@ -45,7 +45,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline)
+    stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
     with stopping as stop, process_group(timeout, logs=logs) as process:
         trainer = None
         try:
@@ -140,6 +140,11 @@ def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | Non
     if (checkpoints / "latest").exists() and not any(checkpoints.glob("step_*")):
         raise StorageError(f"the checkpoints of {directory.path} are gone; restore them or choose another name")
     resuming = config.checkpoint.resume == "auto"
+    if resuming and status is not None and status.state != "completed" and (status.step or 0) > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}, but {directory.path} has taken {status.step} steps already; say as "
+            "many as it was started with, or more"
+        )
     if resuming and status is not None and status.state == "completed" and status.step >= config.train.steps:
         return f"{directory.path}: completed at step {status.step}; raise train.steps to continue, or choose a new name"
     return None

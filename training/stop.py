@@ -1,6 +1,7 @@
 """Requests to stop, by a signal, a file or the clock: a run finishes its step, saves, and ends as preempted."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ SECONDS_BETWEEN_LOOKS = 1.0
 class StopRequest:
     """Whether this process was asked to stop, and by what."""
 
-    def __init__(self, file: Path, deadline: float = math.inf) -> None:
-        """`file` is the one that asks to stop by being there; `deadline` is in seconds of `time.monotonic`."""
+    def __init__(self, file: Path, deadline: float = math.inf, *, says: bool = False) -> None:
+        """`file` is the one that asks to stop by being there; `deadline` is in seconds of `time.monotonic`; `says` lets
+        whoever sends a signal know on standard error that it arrived."""
         self.file = file
+        self._says = says
         self.deadline = deadline
         self.reason: str | None = None
         """What asked first: the name of a signal, "STOP file", or the key of a setting."""
@@ -32,6 +35,8 @@ class StopRequest:
         if not self.heeded or self._signalled:
             raise SystemExit(128 + number)
         self._signalled = True
+        if self._says:
+            os.write(2, b"finishing this step, then saving; another signal ends at once\n")
         self.ask(signal.Signals(number).name)
 
     def ask(self, reason: str) -> None:
@@ -57,9 +62,9 @@ class StopRequest:
 
 
 @contextmanager
-def stoppable(file: Path, deadline: float = math.inf) -> Iterator[StopRequest]:
+def stoppable(file: Path, deadline: float = math.inf, *, says: bool = False) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT and SIGUSR1 into a request for as long as the context lasts. For the main thread only."""
-    request = StopRequest(file, deadline)
+    request = StopRequest(file, deadline, says=says)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.signal(number, request.receive) for number in numbers]
     try:

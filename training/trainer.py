@@ -3,8 +3,8 @@
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,25 @@ class Trainer:
             what = "layers" if self.config.train.compile else "the loss"
             self._note(f"step {step} takes longer: it compiles {what}")
         with Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext() as traffic:
-            result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
+            with self._timeline() if step == self.config.train.timeline_step else nullcontext():
+                result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
         if compiling:
             result.numbers.read()
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
+
+    @contextmanager
+    def _timeline(self) -> Iterator[None]:
+        from training.timeline import draw_step, recorded  # of pipelines, which take a second to import
+
+        layout, step = self.config.parallel, self.step + 1
+        with recorded(self.data_parallel, self.mesh) as spans:
+            yield
+        path = Path(self.config.run_dir) / LOGS / f"timeline_step_{step}.png"
+        draw_step(spans, self.mesh, f"step {step}, {layout.pp_schedule}, {layout.stages} stages", path)
+        self._note(f"timeline of step {step}: {path}")
 
     def _wishes_to_stop(self) -> bool:
         if self.recorder:
@@ -201,6 +213,11 @@ class Trainer:
         if chosen is not None:
             path, manifest = chosen
             self._check_same_run(path, manifest.state)
+            if not any(name.startswith("optimizer.") for name in manifest.tensors):
+                raise ConfigError(
+                    f"{path} holds weights without an optimizer's state, so there is no run to continue; start one of "
+                    f"another name with checkpoint.load={path}"
+                )
             load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer, self.shapes))
             self.step = self.saved_step = manifest.step
             self.consumed_samples = manifest.state["consumed_samples"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.parity.covering import Case
-from tests.parity.layouts import LARGEST_WORLD, MODELS, SEQ_LENGTH, configuration, matrix
+from tests.parity.layouts import LARGEST_WORLD, MODELS, SEQ_LENGTH, configuration, matrix, pipeline_matrix
 from training.config import RunConfig
 from training.parity import LIMIT, STEPS, Comparison, describe_layout, verify
 
@@ -59,7 +59,7 @@ COMPILED: list[tuple[str, Case]] = [
 
 def configurations() -> list[RunConfig]:
     """What the page is of, model by model: the matrix, and a few layouts whose layers are compiled."""
-    plain, compiled = ([configuration(*entry) for entry in matrix()],
+    plain, compiled = ([configuration(*entry) for entry in matrix() + pipeline_matrix()],
                        [configuration(*entry, compiled=True) for entry in COMPILED])  # fmt: skip
     return sorted(plain + compiled, key=lambda config: list(MODELS).index(config.name))
 

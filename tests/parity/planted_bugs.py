@@ -1,5 +1,6 @@
 """Bugs of the kind that combined parallelisms breed, each planted into a rank's own process."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,7 +12,9 @@ import core.attention
 import models.gpt
 import parallel.collectives
 import parallel.initialization
+import parallel.pipeline
 import parallel.tensor
+import training.assembly
 import training.train_step
 from core.norm import LayerNorm, RMSNorm
 from core.rotary import RotaryTable
@@ -66,8 +69,9 @@ def bias_on_every_rank():
 
 
 def loss_divided_by_local_tokens():
-    def count_tokens(labels, mesh):
-        return torch.stack([(part != -100).sum() for part in labels]).sum().double().clamp(min=1) * mesh.dp_size
+    def count_tokens(batches, mesh):
+        counts = [(others["labels"] != -100).sum() for _, others in batches]
+        return torch.stack(counts).sum().double().clamp(min=1) * mesh.dp_size
 
     training.train_step.count_tokens = count_tokens
 
@@ -158,6 +162,33 @@ def initial_weight_drawn_per_rank():
 
 def padding_not_masked():
     VocabParallelEmbedding.own_tokens = property(lambda self: self.local_rows)
+
+
+def micro_batch_scaled_twice():
+    scaled_loss = parallel.pipeline.Pipeline._scaled_loss
+
+    def twice(self, loss, number):
+        return scaled_loss(self, loss, number) * (2 if int(number) == 1 else 1)
+
+    parallel.pipeline.Pipeline._scaled_loss = twice
+
+
+def tied_gradient_not_exchanged():
+    parallel.pipeline.Pipeline._sum_tied_gradients = lambda _: None
+
+
+def tied_gradient_counted_twice():
+    parallel.pipeline.Pipeline.uncounted = property(lambda _: [])
+
+
+def stage_with_a_layer_too_few():
+    build_stages = training.assembly.build_stages
+
+    def fewer(numbers):
+        *stages, last = build_stages(numbers)
+        return [*stages, replace(last, layers=last.layers[:-1])]
+
+    training.assembly.build_stages = fewer
 
 
 def muon_of_own_shard():

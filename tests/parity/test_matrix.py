@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallel.local_ranks import run_ranks
-from tests.parity.layouts import MODELS, cases, configuration, of_each_kind, selection
+from tests.parity.layouts import MODELS, cases, configuration, of_each_kind, pipeline_selection, selection
 from tests.parity.matrix import PAGE, configurations
 from training.parity import describe_layout, one_process, parity_rank, ragged_batches, run_layout, verify
 
@@ -19,7 +19,7 @@ def identity(value):
     return f"{model_name} {describe_layout(configuration(model_name, case))}".replace(" ", "-")
 
 
-@pytest.mark.parametrize("entry", selection(), ids=identity)
+@pytest.mark.parametrize("entry", selection() + pipeline_selection(), ids=identity)
 def test_the_layout_computes_what_one_process_does(entry):
     assert verify(configuration(*entry)).verdict == "equal"
 

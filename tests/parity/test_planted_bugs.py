@@ -13,6 +13,8 @@ LAYOUTS = {
     "groups": ("llama", {"tp": 4, "sequence": False}),
     "replicas": ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "accumulation": 3, "dropout": 0.2}),
     "composed": ("llama", {"tp": 2, "sequence": True, "dp_replicate": 2, "zero": 1}),
+    "pipeline": ("gpt2", {"pp": 2, "pp_schedule": "1f1b", "tied": True, "micro_batches": "fewest", "layers": "uneven"}),
+    "v": ("gpt2", {"pp": 2, "pp_schedule": "zbv", "tied": True, "micro_batches": "fewest", "layers": "uneven"}),
     "muon": ("gpt2", {"tp": 2, "dp_shard": 2, "optimizer": "muon"}),
 }
 CAUGHT = [  # (bug, layout, what the verdict says of it)
@@ -35,6 +37,12 @@ CAUGHT = [  # (bug, layout, what the verdict says of it)
     ("initial_weight_drawn_per_rank", "tensor", "initial weight of block.layers.0.mlp.up.weight differs"),
     ("initial_weight_drawn_per_rank", "replicas", "initial weight of block.layers.0.mlp.up.weight: replicas differ"),
     ("muon_of_own_shard", "muon", "step 2: gradient of"),
+    ("micro_batch_scaled_twice", "pipeline", "step 1: gradient of"),
+    ("tied_gradient_not_exchanged", "pipeline", "step 1: gradient of embedding.word.weight: replicas differ"),
+    ("tied_gradient_not_exchanged", "v", "step 1: gradient of embedding.word.weight: replicas differ"),
+    ("tied_gradient_counted_twice", "pipeline", "gradient norm is off by"),
+    ("tied_gradient_counted_twice", "v", "gradient norm is off by"),
+    ("stage_with_a_layer_too_few", "pipeline", "initial weight of block.layers.3.attention_norm.weight: no rank holds"),
     ("padding_not_masked", "groups", "loss is off by"),
 ]
 

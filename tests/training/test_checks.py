@@ -81,10 +81,9 @@ BAD = [
     ("log.wandb=of", "did you mean off?", "offline, online"),
     ("data.corpus=sampel", "did you mean sample?"),
     # not built yet
-    ("parallel.pp=2 world_size=2", "parallel.pp=2 is not available in this version; use parallel.pp=1"),
+    ("parallel.cp=2 world_size=2", "parallel.cp=2 is not available in this version; use parallel.cp=1"),
     ("model.num_experts=8", "use model.num_experts=null"),
     ("data.blend=[a]", "use data.blend=null"),
-    ("parallel.pp_schedule=zb", "use parallel.pp_schedule=1f1b"),
     # the model
     (
         "model.num_attention_heads=5 model.hidden_size=256 model.num_query_groups=null",
@@ -110,13 +109,44 @@ BAD = [
     (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
     (f"{GPT2} model.vocab_size=300", "less than the 1536 tokens", "null or at least 1536"),
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
+    ("optimizer.groups=[{a: 1}]", "entries must be plain values"),
+    # pipeline stages
+    ("parallel.virtual_stages=2", "about pipeline stages, but parallel.pp=1", "try parallel.pp=2 or"),
+    ("parallel.pp=2 parallel.pp_schedule=zbvv world_size=2", "did you mean zbv?"),
+    ("parallel.pp=2 parallel.virtual_stages=2 world_size=2", "1f1b has one stage a rank", "pp_schedule=interleaved"),
+    ("parallel.pp=2 parallel.pp_schedule=zbv parallel.virtual_stages=3 world_size=2", "two stages a rank", "2 or null"),
+    ("parallel.pp=2 parallel.pp_schedule=interleaved parallel.virtual_stages=1 world_size=2", "several stages a rank"),
+    (
+        "parallel.pp=8 parallel.pp_schedule=interleaved world_size=8",
+        "parallel.pp=8 * 2 stages a rank = 16 stages is more than model.num_layers=12",
+        "try parallel.pp=6 or parallel.pp_schedule=1f1b or model.num_layers=16",
+    ),
+    (
+        "parallel.pp=2 parallel.layers_per_stage=[5,6,1] world_size=2",
+        "has 12 layers in 3 stages, but there are model.num_layers=12 in 2; try [6, 6]",
+    ),
+    ("parallel.pp=2 parallel.layers_per_stage=[12,0] world_size=2", "must be at least 1"),
+    (
+        "parallel.pp=4 world_size=4 train.micro_batch_size=4",
+        "parallel.pp_schedule=1f1b needs at least 4 micro-batches a step, but a global batch of 8 over 1 "
+        "data-parallel ranks * 4 samples gives 2",
+        "try train.micro_batch_size=2, or train.global_batch_size=16",
+    ),
+    (
+        "parallel.pp=4 world_size=4 parallel.pp_schedule=zb train.micro_batch_size=1 train.global_batch_size=9",
+        "needs micro-batches that 2 rounds share equally a step",
+        "try train.global_batch_size=8 or 10",
+    ),
+    ("parallel.pp=2 parallel.zero=3 world_size=2", "reduced once a step; use parallel.zero=1 or null"),
+    ("parallel.pp=2 parallel.pp_schedule=zb train.compile=true world_size=2", "cannot put off", "interleaved"),
     # the optimizer
     ("optimizer.name=muno", "did you mean muon?", "known: adamw, muon"),
     ("optimizer=muons", "did you mean muon?"),
     ("optimizer.adjust_lr=match_rms", "did you mean match_rms_adamw?"),
     ("optimizer.newton_schulz_steps=100", "must be below 100"),
     ("optimizer.groups=['*norm*']", "optimizer.groups: '*norm*': it is written PATTERN:lr_scale=0.5,weight_decay=0.0"),
-    ("optimizer.groups=['*norm*:']", "known: lr_scale, weight_decay"),
+    ("optimizer.groups=['*norm*:']", "a group has no setting; known: lr_scale, weight_decay"),
+    ("optimizer.groups=['*norm*:lr=1']", "a group has no lr; did you mean lr_scale?"),
     ("optimizer.groups=['*:lr_scle=1']", "did you mean lr_scale? known: lr_scale, weight_decay"),
     ("optimizer.groups=['*:lr_scale=1,weight_decay=inf']", "weight_decay=inf: must be a finite number of at least 0"),
     ("optimizer.groups=['*:lr_scale=-1']", "lr_scale=-1: must be a finite number of at least 0"),

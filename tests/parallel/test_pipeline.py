@@ -1,0 +1,93 @@
+"""Pipelines beside what the parity matrix holds: evaluation, and that a put-off gradient is computed once."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.initialization import materialize
+from parallel.local_ranks import run_ranks
+from parallel.mesh import ParallelMesh
+from tests.parity.layouts import SCHEDULES, configuration
+from training.assembly import assemble
+from training.parity import ragged_batches
+from training.train_step import batch_to_device
+
+CPU = torch.device("cpu")
+USUAL = {"dp_replicate": 1, "dp_shard": 1, "tied": True, "recompute": "none", "dropout": 0.0, "optimizer": "adamw",
+         "layers": "uneven", "micro_batches": "more"}  # fmt: skip
+
+
+def build(pp, schedule, **case):
+    return configuration("gpt2", USUAL | {"pp": pp, "pp_schedule": schedule, "tp": 1} | case)
+
+
+def micro_batches(config):
+    (batch,) = ragged_batches(config, 1)
+    inputs, others = batch_to_device(batch, CPU)
+    size = config.micro_batch_size
+    names = ("labels", "sample_indices")
+    return [
+        (inputs[start : start + size], {name: others[name][start : start + size] for name in names})
+        for start in range(0, len(inputs), size)
+    ]
+
+
+def materialized(config):
+    data_parallel = assemble(config, ParallelMesh(config.parallel, "cpu"), CPU)
+    materialize(data_parallel.model, config.seed, CPU)
+    return data_parallel
+
+
+def both_losses(rank, world_size, config):
+    """What evaluation and training find on the same weights, on the rank that knows; then an odd number of batches."""
+    pipeline, batches = materialized(config), micro_batches(config)
+    evaluated = pipeline.evaluate(batches)
+    trained = pipeline.forward_backward(batches, lambda loss: loss)
+    return evaluated, trained, pipeline.evaluate(batches[:3])
+
+
+@pytest.mark.parametrize(
+    ("pp", "schedule"), [(2, schedule) for schedule in SCHEDULES] + [(3, "interleaved"), (3, "zbv")]
+)
+def test_an_evaluation_finds_the_losses_of_training(pp, schedule):
+    found = run_ranks(pp, both_losses, build(pp, schedule))
+    known = [losses for losses in found if losses[0].any()]
+    assert len(known) == 1
+    evaluated, trained, first = known[0]
+    assert torch.equal(evaluated, trained)
+    assert torch.equal(evaluated[:3], first)
+
+
+class Operators(TorchDispatchMode):
+    """Counts matrix products and collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d" and name not in ("send", "recv_"):
+            self.counts[name] += 1
+        elif name in ("mm", "addmm", "addmm_"):
+            self.counts["product"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(rank, world_size, config):
+    pipeline, batches = materialized(config), micro_batches(config)
+    pipeline.forward_backward(batches, lambda loss: loss)
+    with Operators() as operators:
+        pipeline.forward_backward(batches, lambda loss: loss)
+    return operators.counts
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_zero_bubble_schedules_compute_and_communicate_nothing_twice(sequence, recompute):
+    case = {"tp": 2, "sequence": sequence, "recompute": recompute}
+    plain, split = (run_ranks(4, count_operators, build(2, schedule, **case)) for schedule in ("1f1b", "zb"))
+    assert plain[0]["product"] > 100
+    assert split == plain

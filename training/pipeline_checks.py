@@ -1,0 +1,104 @@
+"""What a configuration with pipeline stages must satisfy."""
+
+from collections.abc import Iterator
+
+from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
+from training.config import RunConfig
+
+
+def check_pipeline_settings(config: RunConfig) -> Iterator[str]:
+    """What describes stages comes with several of them."""
+    layout = config.parallel
+    if layout.pp > 1:
+        return
+    if config.train.timeline_step is not None:
+        yield "train.timeline_step is about pipeline stages, but parallel.pp=1; use train.profile for a step without them"
+    for key in ("virtual_stages", "layers_per_stage"):
+        value = getattr(layout, key)
+        if value not in (None, 1, [config.model.num_layers]):
+            yield (
+                f"parallel.{key}={value} is about pipeline stages, but parallel.pp=1; try parallel.pp=2 or "
+                f"parallel.{key}=null"
+            )
+
+
+def check_virtual_stages(config: RunConfig) -> Iterator[str]:
+    """Every schedule has as many stages a rank as it is made for."""
+    layout = config.parallel
+    number, schedule = layout.stages_a_rank, layout.pp_schedule
+    stated = f"parallel.virtual_stages={number}, but parallel.pp_schedule={schedule}"
+    if layout.pp == 1:
+        return
+    if schedule in V_SHAPED and number != 2:
+        yield f"{stated} has two stages a rank, one on the way down and one on the way up; use 2 or null"
+    elif schedule in ("gpipe", "1f1b") and number != 1:
+        yield f"{stated} has one stage a rank; use null, or parallel.pp_schedule=interleaved"
+    elif schedule == "interleaved" and number == 1:
+        yield f"{stated} goes through several stages a rank; use 2 or null, or parallel.pp_schedule=1f1b"
+
+
+def check_stages(config: RunConfig) -> Iterator[str]:
+    """Every stage has a layer, and where layers are counted out, they are all there."""
+    layout, layers = config.parallel, config.model.num_layers
+    if layout.pp == 1:
+        return
+    if layout.stages > layers:
+        stated = f"parallel.pp={layout.pp}"
+        stated += (
+            f" * {layout.stages_a_rank} stages a rank = {layout.stages} stages" if layout.stages_a_rank > 1 else ""
+        )
+        fewer = layers // layout.stages_a_rank
+        advice = [f"parallel.pp={fewer}"] if fewer else []
+        advice += ["parallel.pp_schedule=1f1b"] if layout.stages_a_rank > 1 and layout.pp <= layers else []
+        advice += [f"model.num_layers={layout.stages}"]
+        yield f"{stated} is more than model.num_layers={layers}, but every stage has a layer; try {' or '.join(advice)}"
+        return
+    given = layout.layers_per_stage
+    if given is not None and (len(given), sum(given)) != (layout.stages, layers):
+        yield (
+            f"parallel.layers_per_stage={given} has {sum(given)} layers in {len(given)} stages, but there are "
+            f"model.num_layers={layers} in {layout.stages}; try {config.balanced_layers}"
+        )
+
+
+def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
+    """There are micro-batches enough to keep the stages busy, and as many as the schedule can order."""
+    layout, ranks, micro = config.parallel, config.parallel.dp, config.micro_batch_size
+    schedule = layout.pp_schedule
+    for size in config.batches.sizes if layout.pp > 1 else []:
+        number, rest = divmod(size, ranks * micro)
+        if rest or takes(schedule, layout.pp, number):
+            continue
+        least = layout.pp * (2 if schedule == "dualpipev" else 1)
+        needs = f"at least {least} micro-batches"
+        if number >= least:
+            needs = f"micro-batches that {number // layout.pp} rounds share equally"
+        legal = [count for count in range(1, 2 * number + least + 1) if takes(schedule, layout.pp, count)]
+        near = sorted({min(legal, key=lambda count: abs(count - number - shift)) for shift in (-0.5, 0.5)})
+        sizes = " or ".join(str(count * ranks * micro) for count in near)
+        smaller = [each for each in range(micro - 1, 0, -1) if size % (ranks * each) == 0]
+        fitting = [each for each in smaller if takes(schedule, layout.pp, size // (ranks * each))]
+        advice = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
+        advice += [f"train.global_batch_size={sizes}" if config.train.batch_schedule is None else f"a size of {sizes}"]
+        yield (
+            f"parallel.pp={layout.pp} with parallel.pp_schedule={schedule} needs {needs} a step, but a "
+            f"global batch of {size} over {ranks} data-parallel ranks * {micro} samples gives {number}; "
+            f"try {', or '.join(advice)}"
+        )
+
+
+def check_pipeline_options(config: RunConfig) -> Iterator[str]:
+    """What goes with pipeline schedules, and what does not."""
+    layout = config.parallel
+    if layout.pp == 1:
+        return
+    if layout.zero_stage != 1:
+        yield (
+            f"parallel.zero={layout.zero} with parallel.pp={layout.pp}: the micro-batches of a pipeline find its "
+            "weights gathered, and gradients are reduced once a step; use parallel.zero=1 or null"
+        )
+    if config.train.compile and layout.pp_schedule in SPLIT_BACKWARD:
+        yield (
+            f"train.compile=true with parallel.pp_schedule={layout.pp_schedule}: a compiled layer cannot put off the "
+            "gradients of its weights; use train.compile=false or parallel.pp_schedule=interleaved"
+        )
