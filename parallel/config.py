@@ -37,7 +37,9 @@ class ParallelConfig:
     """3 gathers weights in forward and backward and reduces gradients every micro-batch (least memory);
     2 gathers once a step; 1 gathers and reduces once a step (least communication); null: 1 where pp > 1, else 3."""
     timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
-    """Minutes that a rank waits for the others, or for rank 0 to prepare data, before it takes them for lost."""
+    """Minutes that a rank waits for the others, once the first step is taken, before it takes them for lost."""
+    startup_minutes: float = field(default=30.0, metadata={"above": 0.0})
+    """The same until then, while data is prepared, a checkpoint is loaded and layers are compiled."""
 
     @property
     def dp(self) -> int:

@@ -1,5 +1,6 @@
 """The one object that knows how ranks are laid out; it is passed to whatever communicates."""
 
+from datetime import timedelta
 from typing import cast
 
 import torch.distributed as dist
@@ -31,6 +32,14 @@ class ParallelMesh:
         """Whether this rank has the last stage."""
         self.tensor = TensorParallel(sharing, sequence=config.sequence_parallel)
         """What layers are built with."""
+        self.pipeline_group: dist.ProcessGroup | None = None
+        """The ranks that a micro-batch passes through, in order."""
+        if config.pp > 1:
+            # A group of its own: in gloo, who waits for one rank keeps to the time-out that the group was made with.
+            pipelines = self.device_mesh.mesh.flatten(1).t().tolist()
+            timeout = timedelta(minutes=config.timeout_minutes)
+            groups = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout, group_desc="pp")
+            self.pipeline_group = cast(dist.ProcessGroup, groups[0])
         self.data_group = self._data_group(config)
         """The ranks that feed different samples: sums over a global batch run over it."""
 
@@ -39,11 +48,6 @@ class ParallelMesh:
         """What `fully_shard` takes: the sharding dimension alone, or (replicate, shard) where there are replicas."""
         replicas = self.device_mesh["dp_replicate"].size() > 1
         return self.device_mesh["dp_replicate", "dp_shard"] if replicas else self.device_mesh["dp_shard"]
-
-    @property
-    def pipeline(self) -> DeviceMesh:
-        """The ranks that a micro-batch passes through."""
-        return self.device_mesh["pp"]
 
     def ends_group(self) -> dist.ProcessGroup | None:
         """A new group of the ranks with the first and the last stage of this rank's pipeline, None where this rank has

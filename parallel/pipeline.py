@@ -164,13 +164,12 @@ class Pipeline(DataParallel):
                 inputs = handed_on[number]
             elif source is not None:
                 inputs = torch.empty_like(self._hidden_like(inputs), device=self._device)
-                dist.recv(inputs, group=self._mesh.pipeline.get_group(), group_src=source)
+                dist.recv(inputs, group=self._mesh.pipeline_group, group_src=source)
             handed_on[number] = output = self._modules[index](inputs, **others)
             if target is None:
                 self._losses[number] = output.double()
             elif target != self._mesh.pp_rank:
-                group_of_ranks = self._mesh.pipeline.get_group()
-                sending.append(dist.isend(output.contiguous(), group=group_of_ranks, group_dst=target))
+                sending.append(dist.isend(output.contiguous(), group=self._mesh.pipeline_group, group_dst=target))
         for work in sending:
             if work is not None:
                 work.wait()
@@ -204,7 +203,7 @@ class Pipeline(DataParallel):
             output_args=torch.empty((), dtype=torch.promote_types(hidden.dtype, torch.float32), device="meta")
             if is_last
             else hidden,
-            group=self._mesh.pipeline.get_group(),
+            group=self._mesh.pipeline_group,
             dw_builder=self._deferred[index].take if index in self._deferred else None,
         )
 

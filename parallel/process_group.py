@@ -55,6 +55,12 @@ def process_group(
     dist.destroy_process_group()
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """From now on no rank waits longer than that for others, in any group; torch gives new groups half an hour."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def keep_flight_records(folder: Path, environment: MutableMapping[str, str]) -> None:
     """Let NCCL's flight recorder, which torch keeps on, write into `folder` where the user has not chosen a place."""
     if not {"TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"} & environment.keys():

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from parallel.stages import V_SHAPED
 
+WORDS = {"F": "forward pass", "B": "backward pass", "I": "gradient of inputs", "W": "gradient of weights"}
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """Forward; whole backward; of the backward pass the input's and the weights' gradients, where they are apart."""
 
@@ -16,6 +17,9 @@ class Action(NamedTuple):
     """One of COSTS."""
     stage: int
     micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{WORDS[self.kind]} of micro-batch {self.micro_batch} on stage {self.stage}"
 
 
 class Span(NamedTuple):

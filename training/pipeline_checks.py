@@ -12,7 +12,7 @@ def check_pipeline_settings(config: RunConfig) -> Iterator[str]:
     if layout.pp > 1:
         return
     if config.train.timeline_step is not None:
-        yield "train.timeline_step is about pipeline stages, but parallel.pp=1; use train.profile for a step without them"
+        yield "train.timeline_step is about pipeline stages, but parallel.pp=1; use train.profile instead"
     for key in ("virtual_stages", "layers_per_stage"):
         value = getattr(layout, key)
         if value not in (None, 1, [config.model.num_layers]):

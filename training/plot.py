@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.timeline import Span
+from parallel.timeline import WORDS, Span
 from training.console import humanise
 from training.metrics import read_metrics
 from training.run_directory import write_atomically
@@ -15,7 +15,6 @@ from training.run_directory import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACTION_WORDS = {"F": "forward", "B": "backward", "I": "gradient of inputs", "W": "gradient of weights"}
 ACTION_COLOURS = {"F": "#2a6fbb", "B": "#d1495b", "I": "#d1495b", "W": "#3f9b6b"}
 BLUE, RED, INK, GREY, RULE = "#2a6fbb", "#d1495b", "#22272e", "#6b7480", "#e4e7eb"
 
@@ -79,7 +78,7 @@ def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> b
         )
         if stop - start > 0.008 * end:
             axes.annotate(f"{number}", ((start + stop) / 2, rank), ha="center", va="center", color="white", size=7)
-    for kind, words in ACTION_WORDS.items():
+    for kind, words in WORDS.items():
         if any(span.action.kind == kind for span in spans):
             axes.barh(0, 0, color=ACTION_COLOURS[kind], label=words)
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
 from training.errors import ConfigError, PeerError, RunError, StorageError
+from training.heartbeat import FOLDER, Heartbeat, culprits
 from training.mirror import first_line
 from training.recorder import Recorder
 from training.run_directory import LOGS, RunDirectory, State, difference
@@ -38,13 +40,14 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         standing = check_run_directory(directory, config)
         if standing is None:
             directory.record_start(config, overrides)
+            shutil.rmtree(logs / FOLDER, ignore_errors=True)
             recorder = Recorder(config, directory)
             if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
                 recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
         return standing
 
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    timeout = timedelta(minutes=config.parallel.startup_minutes)
     stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
     with stopping as stop, process_group(timeout, logs=logs) as process:
         trainer = None
@@ -54,10 +57,11 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 if process.rank == 0:
                     print(standing)
                 return 0
-            trainer = Trainer(config, process, recorder, stop)
-            completed = trainer.run()
+            with Heartbeat(logs, process.rank) as heartbeat:
+                trainer = Trainer(config, process, recorder, stop, heartbeat)
+                completed = trainer.run()
         except BaseException as error:
-            failure = _as_peer_error(error, logs)
+            failure = _as_peer_error(error, logs, 60 * config.parallel.timeout_minutes)
             _put_down(failure, config, process, recorder, trainer.step if trainer else None)
             if failure is error:
                 raise
@@ -74,11 +78,12 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
 
 
-def _as_peer_error(error: BaseException, logs: Path) -> BaseException:
+def _as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseException:
     if not is_peer_failure(error):
         return error
+    held_up = ", ".join(culprits(logs, timeout).values()) or "another rank left or did not answer"
     clues = "; ".join(["its own message, or logs/, says why", *filter(None, [flight_records(logs)])])
-    return PeerError(f"another rank left or did not answer; {clues} ({first_line(error)})")
+    return PeerError(f"{held_up}; {clues} ({first_line(error)})")
 
 
 def flight_records(logs: Path) -> str:
@@ -95,6 +100,8 @@ def _put_down(
     if recorder is not None:
         with suppress(StorageError):  # the first error tells more
             recorder.close(*_last_status(error, recorder.directory, step))
+    elif isinstance(error, PeerError) and "rank 0 " in str(error):
+        print(f"error on rank {process.rank}: {error}", file=sys.stderr, flush=True)
     elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
         print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from models.hugging_face import HuggingFaceError
 from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
-from parallel.process_group import ProcessInfo, on_rank_zero
+from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
 from parallel.sharding import logical_shapes, tensor_part
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
@@ -32,6 +33,7 @@ from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
 from training.garbage import collection_every
 from training.hardware import model_flops_utilization
+from training.heartbeat import Heartbeat
 from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, copy_to_twins, training_tensors
 from training.precision import build_loss_scale
@@ -48,8 +50,16 @@ from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_dev
 class Trainer:
     """One run: model, optimizer, data and where it stands in them."""
 
-    def __init__(self, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        process: ProcessInfo,
+        recorder: Recorder | None,
+        stop: StopRequest,
+        heartbeat: Heartbeat,
+    ) -> None:
         """Collective. Builds or restores everything; `recorder` is there on rank 0 alone."""
+        self.heartbeat = heartbeat
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.saved_step = 0
@@ -60,6 +70,8 @@ class Trainer:
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
         self.data_parallel = assemble(config, self.mesh, process.device)
+        if config.parallel.pp > 1:
+            self.data_parallel.observer = lambda action: heartbeat.during(str(action))  # type: ignore[attr-defined]
         self.shapes = logical_shapes(build_meta_model(config.model, torch.float32))
         self.parameter_count = config.model.parameter_count()
         self._restore_or_initialize()
@@ -92,7 +104,8 @@ class Trainer:
         while self.step < config.train.steps and not stopping:
             profiler.begin(self.step + 1)
             with self.timer.step():
-                with self.timer.waiting_for_data():
+                self.heartbeat.step = self.step + 1
+                with self.timer.waiting_for_data(), self.heartbeat.during("reading data"):
                     micro_batches = reader.read(self.consumed_samples)
                 result = self._take_step(micro_batches, first=self.step == first_step)
                 # The device is busy with this step while the host looks at the one before.
@@ -126,11 +139,14 @@ class Trainer:
         if compiling:
             what = "layers" if self.config.train.compile else "the loss"
             self._note(f"step {step} takes longer: it compiles {what}")
-        with Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext() as traffic:
-            with self._timeline() if step == self.config.train.timeline_step else nullcontext():
-                result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
+        counting = Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext()
+        recording = self._timeline() if step == self.config.train.timeline_step else nullcontext()
+        with counting as traffic, recording, self.heartbeat.during("forward and backward passes"):
+            result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
+        if first:
+            set_timeout(timedelta(minutes=self.config.parallel.timeout_minutes))
         if compiling:
             result.numbers.read()
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
@@ -298,7 +314,8 @@ class Trainer:
             "torch": torch.__version__,
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
-        save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
+        with self.heartbeat.during("saving a checkpoint"):
+            save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
         self.saved_step = self.step
         if self.recorder:
             self.recorder.running(self.step)
@@ -358,8 +375,12 @@ class Trainer:
             )
         )
 
-    @torch.no_grad()
     def _evaluate(self) -> bool:
+        with self.heartbeat.during("evaluation"):
+            return self._evaluate_validation()
+
+    @torch.no_grad()
+    def _evaluate_validation(self) -> bool:
         """Mean loss over `train.eval_steps` global batches of the validation split, the same ones each time.
 
         Returns whether a rank wishes to stop, which cuts the evaluation short; it then stays due.

@@ -85,9 +85,8 @@ def count_operators(rank, world_size, config):
 
 
 @pytest.mark.parametrize("sequence", [True, False])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_zero_bubble_schedules_compute_and_communicate_nothing_twice(sequence, recompute):
-    case = {"tp": 2, "sequence": sequence, "recompute": recompute}
+def test_zero_bubble_schedules_compute_and_communicate_nothing_twice(sequence):
+    case = {"tp": 2, "sequence": sequence}
     plain, split = (run_ranks(4, count_operators, build(2, schedule, **case)) for schedule in ("1f1b", "zb"))
     assert plain[0]["product"] > 100
     assert split == plain

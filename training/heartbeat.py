@@ -1,0 +1,86 @@
+"""What every rank is doing, put down where the others find it once it no longer answers."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+FOLDER = "heartbeats"
+SIZE = 256
+"""Bytes of a file, which is written over: a beat must cost nothing."""
+NEARLY = 0.8
+SECONDS_BEHIND = 1.0
+"""Ranks that started what they are doing so much later than the first do not hold it up."""
+
+
+class Heartbeat:
+    """This rank's file. A rank that waits for others does nothing; one that does something holds them up."""
+
+    def __init__(self, logs: Path, rank: int) -> None:
+        folder = logs / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rank_{rank:05d}.json"
+        self._file = self._path.open("wb", buffering=0)
+        self._who = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.step = 0
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Says so for as long as the context lasts, and after an error."""
+        self.beat(doing)
+        yield
+        self.beat(None)
+
+    def __enter__(self) -> "Heartbeat":
+        return self
+
+    def beat(self, doing: str | None) -> None:
+        """Says what begins; None: waiting for others."""
+        text = json.dumps({"step": self.step, "doing": doing, "since": time.time(), **self._who})
+        with suppress(OSError):  # of no use to the run itself
+            os.pwrite(self._file.fileno(), text[:SIZE].ljust(SIZE).encode(), 0)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Takes the file away: who left it there has not come to its end."""
+        self._file.close()
+        with suppress(OSError):
+            self._path.unlink()
+
+
+def culprits(logs: Path, timeout: float) -> dict[int, str]:
+    """Which ranks hold the others up, and what they were doing, in words; empty where nobody knows.
+
+    They are those of this host that are gone, or else those that have been doing something for nearly `timeout`
+    seconds, the longest of all.
+    """
+    now, host = time.time(), socket.gethostname()
+    beats: dict[int, dict[str, Any]] = {}
+    for path in (logs / FOLDER).glob("rank_*.json"):
+        with suppress(OSError, ValueError):
+            beats[int(path.stem[5:])] = json.loads(path.read_text(encoding="utf-8"))
+    gone = [rank for rank, beat in beats.items() if beat["host"] == host and not _is_alive(beat["pid"])]
+    busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
+    first = min((beats[rank]["since"] for rank in busy), default=0.0)
+    named = gone or [rank for rank in busy if beats[rank]["since"] <= first + SECONDS_BEHIND]
+    return {
+        rank: f"rank {rank} {'is gone' if rank in gone else 'does not answer'}: step {beats[rank]['step']}, "
+        f"{beats[rank]['doing'] or 'waiting for others'}, {now - beats[rank]['since']:.0f} s ago"
+        for rank in sorted(named)
+    }
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # A process that has ended stays until its parent looks.
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    return True
