@@ -107,17 +107,22 @@ class ModelConfig:
         values of fewer groups than ranks. Vocabulary rows count as padded to a multiple of `tp`. Raises ValueError
         while `vocab_size` is null.
         """
+        twice = self.hidden_size * -(-self.vocabulary // tp) if self.tie_embeddings else 0
+        return self.stage_parameters(self.num_layers, is_first=True, is_last=True, tp=tp) - twice
+
+    def stage_parameters(self, layers: int, *, is_first: bool, is_last: bool, tp: int = 1) -> int:
+        """Parameters of a pipeline stage of so many layers, a tied embedding's copy on the last included."""
         columns, _ = self._layer_widths(tp)
         norm = self.hidden_size * (2 if self.normalization == "layernorm" and self.bias else 1)
-        layer = 2 * norm
+        layer = self.matrix_parameters(tp) // self.num_layers + 2 * norm
         if self.bias:
             layer += columns + 2 * self.hidden_size
         if self.qk_norm:
             layer += 2 * self.head_size
-        tables = -(-self.vocabulary // tp) * (1 if self.tie_embeddings else 2)
-        if self.position_embedding == "learned":
-            tables += self.max_position_embeddings
-        return self.matrix_parameters(tp) + self.num_layers * layer + norm + self.hidden_size * tables
+        table = self.hidden_size * -(-self.vocabulary // tp)
+        learned = self.max_position_embeddings if self.position_embedding == "learned" else 0
+        ends = (table + self.hidden_size * learned if is_first else 0) + (table + norm if is_last else 0)
+        return layers * layer + ends
 
     def matrix_parameters(self, tp: int = 1) -> int:
         """Parameters of the matrices of layers, as `parameter_count` counts."""

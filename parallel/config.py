@@ -14,11 +14,11 @@ class ParallelConfig:
     sequence: bool | None = None
     """Sequence parallelism beside tp: norms and residuals on shards of the sequence; null: on where tp > 1."""
     pp: int = field(default=1, metadata={"min": 1})
-    """Pipeline parallelism: ranks that each have a part of the layers."""
+    """Pipeline parallelism: ranks that divide the layers between them."""
     pp_schedule: str = field(
         default="1f1b", metadata={"choices": ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipev")}
     )
-    """Order in which a rank runs the micro-batches of its stages; zb, zbv and dualpipev leave hardly any idle time."""
+    """Its schedule: gpipe, 1f1b, interleaved, zb, zbv or dualpipev."""
     virtual_stages: int | None = field(default=None, metadata={"min": 1})
     """Stages a pipeline rank has; null: 2 for interleaved, zbv and dualpipev, else 1."""
     layers_per_stage: list[int] | None = field(default=None, metadata={"min": 1})
@@ -34,8 +34,8 @@ class ParallelConfig:
     dp_shard: int = field(default=-1, metadata={"min": -1})
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: all ranks that remain."""
     zero: int | None = field(default=None, metadata={"choices": (1, 2, 3)})
-    """3 gathers weights in forward and backward and reduces gradients every micro-batch (least memory);
-    2 gathers once a step; 1 gathers and reduces once a step (least communication); null: 1 where pp > 1, else 3."""
+    """3 gathers weights in every pass and reduces gradients every micro-batch, 2 gathers once a step, 1 does both once;
+    null: 3, or 1 where pp > 1."""
     timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
     """Minutes that a rank waits for the others, once the first step is taken, before it takes them for lost."""
     startup_minutes: float = field(default=30.0, metadata={"above": 0.0})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from data.errors import DataPathError, TokenizerError
 from data.vocabulary import find_vocabulary
 from parallel.config import ParallelConfig
+from parallel.stages import build_stages, stages_of_rank
 from training.batch_schedule import either
 from training.checks import check_ranges, divisors
 from training.compose import compose, resolve
@@ -100,7 +101,7 @@ def _candidates(config: RunConfig, kept: Collection[str]) -> list[ParallelConfig
         return [layout]
     given = {name: [getattr(layout, name)] for name in kept if getattr(layout, name) != -1}
     choices = (given.get(name, divisors(world)) for name in DIMENSIONS)
-    sizes = [triple for triple in itertools.product(*choices) if math.prod(triple) == world]
+    sizes = [triple for triple in itertools.product(*choices) if math.prod(triple) * layout.pp * layout.cp == world]
     return [replace(layout, **dict(zip(DIMENSIONS, triple, strict=True))) for triple in sizes] or [layout]
 
 
@@ -119,27 +120,39 @@ def number_bytes(config: RunConfig) -> int:
     return 8 if config.train.precision == "fp64" else 4
 
 
-def optimizer_numbers(config: RunConfig, tp: int = 1) -> int:
-    """Numbers that the optimizer keeps of the parameters of one tensor-parallel rank: AdamW two of each, Muon one of
-    each that it moves."""
-    by_muon = config.model.matrix_parameters(tp) if config.optimizer.name == "muon" else 0
-    return 2 * config.model.parameter_count(tp) - by_muon
+def optimizer_numbers(config: RunConfig) -> int:
+    """Numbers that the optimizer keeps of all parameters: AdamW two of each, Muon one of each that it moves."""
+    by_muon = config.model.matrix_parameters() if config.optimizer.name == "muon" else 0
+    return 2 * config.model.parameter_count() - by_muon
 
 
 def state_bytes(config: RunConfig) -> int:
-    """Bytes a rank holds of weights, gradients and optimizer state, cut over tp and dp_shard: float32 numbers, float64
-    under fp64. The rank with the most of a weight that dp_shard cuts unevenly holds up to a row more."""
-    tp = config.parallel.tp
-    numbers = 2 * config.model.parameter_count(tp) + optimizer_numbers(config, tp)
-    return number_bytes(config) * -(-numbers // config.parallel.dp_shard)
+    """Bytes a rank holds of weights, gradients and optimizer state, cut over pp, tp and dp_shard: float32 numbers,
+    float64 under fp64; of the pipeline rank that holds most. A rank with the most of a weight that dp_shard cuts
+    unevenly holds up to a row more."""
+    layout, model = config.parallel, config.model
+    stages, most = build_stages(config.layers_per_stage), 0
+    for rank in range(layout.pp):
+        own = [stages[index] for index in stages_of_rank(rank, layout.pp, layout.stages_a_rank, layout.pp_schedule)]
+        parameters = sum(
+            model.stage_parameters(len(stage.layers), is_first=stage.is_first, is_last=stage.is_last, tp=layout.tp)
+            for stage in own
+        )
+        if layout.pp == 1:
+            parameters = model.parameter_count(layout.tp)
+        layers = sum(len(stage.layers) for stage in own)
+        matrices = model.matrix_parameters(layout.tp) // model.num_layers * layers
+        most = max(most, 4 * parameters - (matrices if config.optimizer.name == "muon" else 0))
+    return number_bytes(config) * -(-most // layout.dp_shard)
 
 
 def _table(layouts: Layouts) -> Iterator[str]:
     first = layouts.legal[0]
-    count = len(layouts.legal)
+    count, pp = len(layouts.legal), first.parallel.pp
+    stages = f", {pp} pipeline ranks ({first.parallel.pp_schedule})" if pp > 1 else ""
     yield (
         f"{count} legal layout{'s' if count > 1 else ''} of {first.world_size} ranks for "
-        f"{first.model.parameter_count():,} parameters, {either(first.batches.sizes)} samples a step"
+        f"{first.model.parameter_count():,} parameters, {either(first.batches.sizes)} samples a step{stages}"
     )
     yield _row("tp", "sequence", "dp_replicate", "dp_shard", "micro_batch", "accumulated", "state GB/rank")
     for config in layouts.legal:

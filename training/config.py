@@ -68,8 +68,7 @@ class TrainConfig:
     steps: int = field(default=100, metadata={"min": 1})
     """Optimizer steps of the run; raising it continues a finished run."""
     micro_batch_size: int | None = field(default=None, metadata={"min": 1})
-    """Samples a rank takes at once; null: its whole share of the global batch, of one that grows the largest number
-    that divides all its shares."""
+    """Samples a rank takes at once; null: as many as divide its share of every global batch and suit a pipeline."""
     global_batch_size: int = field(default=8, metadata={"min": 1})
     """Samples an optimizer step takes over all ranks; with batch_schedule its first size, whatever is set here."""
     batch_schedule: str | None = None

@@ -32,6 +32,8 @@ KEYS_THAT_MATTER = (
     "parallel.dp_replicate",
     "parallel.dp_shard",
     "parallel.zero",
+    "parallel.pp",
+    "parallel.pp_schedule",
     "checkpoint.interval",
     "checkpoint.resume",
     "log.wandb",

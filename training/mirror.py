@@ -24,17 +24,17 @@ class Mirror:
         """Takes the first of `starts` that works, by what it would start; `note` prints a line."""
         self._name, self._note = name, note
         self._service: Service | None = None
-        failed = False
+        failed: list[str] = []
         for what, start in starts.items():
             try:
                 self._service = start()
             except Exception as error:
-                note(f"{name}: no {what} ({first_line(error)})")
-                failed = True
+                failed.append(f"{name}: no {what} ({first_line(error)})")
             else:
-                if failed:
-                    note(f"{name}: recording an {what} instead")
-                return
+                failed = [f"{'; '.join(failed)}; recording an {what} instead"] if failed else []
+                break
+        for line in failed:
+            note(line)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Repeats a training step."""

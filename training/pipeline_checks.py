@@ -63,9 +63,14 @@ def check_stages(config: RunConfig) -> Iterator[str]:
 
 def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
     """There are micro-batches enough to keep the stages busy, and as many as the schedule can order."""
-    layout, ranks, micro = config.parallel, config.parallel.dp, config.micro_batch_size
-    schedule = layout.pp_schedule
-    for size in config.batches.sizes if layout.pp > 1 else []:
+    layout, ranks, schedule = config.parallel, config.parallel.dp, config.parallel.pp_schedule
+    if layout.pp == 1 or ranks < 1:
+        return
+    try:
+        micro, sizes = config.micro_batch_size, config.batches.sizes
+    except ValueError:
+        return  # check_batch says why
+    for size in sizes:
         number, rest = divmod(size, ranks * micro)
         if rest or takes(schedule, layout.pp, number):
             continue
@@ -75,11 +80,12 @@ def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
             needs = f"micro-batches that {number // layout.pp} rounds share equally"
         legal = [count for count in range(1, 2 * number + least + 1) if takes(schedule, layout.pp, count)]
         near = sorted({min(legal, key=lambda count: abs(count - number - shift)) for shift in (-0.5, 0.5)})
-        sizes = " or ".join(str(count * ranks * micro) for count in near)
+        nearest = " or ".join(str(count * ranks * micro) for count in near)
         smaller = [each for each in range(micro - 1, 0, -1) if size % (ranks * each) == 0]
         fitting = [each for each in smaller if takes(schedule, layout.pp, size // (ranks * each))]
         advice = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
-        advice += [f"train.global_batch_size={sizes}" if config.train.batch_schedule is None else f"a size of {sizes}"]
+        constant = config.train.batch_schedule is None
+        advice += [f"train.global_batch_size={nearest}" if constant else f"a size of {nearest}"]
         yield (
             f"parallel.pp={layout.pp} with parallel.pp_schedule={schedule} needs {needs} a step, but a "
             f"global batch of {size} over {ranks} data-parallel ranks * {micro} samples gives {number}; "

@@ -33,7 +33,7 @@ MODELS = {"gpt2": GPT2, "llama": LLAMA}
 
 def one_step(rank, world_size, config):
     mesh = ParallelMesh(config.parallel, "cpu")
-    data_parallel = assemble(config, mesh)
+    data_parallel = assemble(config, mesh, torch.device("cpu"))
     materialize(data_parallel.model, 0, torch.device("cpu"))
     optimizer = build_optimizer(data_parallel.model, config.optimizer)
     step = TrainStep(data_parallel, optimizer, mesh, 1.0, torch.device("cpu"))

@@ -1,5 +1,7 @@
 """The harness finds what it is there for: every planted bug is caught, and named; without it the layout is equal."""
 
+from functools import cache
+
 import pytest
 
 from parallel.local_ranks import run_ranks
@@ -54,6 +56,14 @@ def build(layout):
     return configuration(model_name, usual | case)
 
 
+@cache
+def reference(layout):
+    """What one process finds, on the same batches."""
+    config = build(layout)
+    batches = ragged_batches(config)
+    return batches, run_ranks(1, parity_rank, one_process(config), batches)[0]
+
+
 def rank_with_bug(rank, world_size, bug, config, batches):
     getattr(planted_bugs, bug)()
     return run_layout(config, batches)
@@ -66,9 +76,7 @@ def test_without_a_bug_these_layouts_are_equal(layout):
 
 @pytest.mark.parametrize(("bug", "layout", "words"), CAUGHT)
 def test_the_bug_is_caught_and_named(bug, layout, words):
-    config = build(layout)
-    batches = ragged_batches(config)
-    reference = run_ranks(1, parity_rank, one_process(config), batches)[0]
-    found = compare(reference, run_ranks(config.world_size, rank_with_bug, bug, config, batches)[0])
+    config, (batches, expected) = build(layout), reference(layout)
+    found = compare(expected, run_ranks(config.world_size, rank_with_bug, bug, config, batches)[0])
     assert not found.equal
     assert words in found.verdict

@@ -144,9 +144,9 @@ def test_a_growing_batch_and_muon_are_said(capsys):
 
 
 def test_what_is_wrong_whatever_the_layout_is_said_once(capsys):
-    assert main(["layouts", "world_size=8", "schedule.min_lr=1", "parallel.pp=2"]) == 78
+    assert main(["layouts", "world_size=8", "schedule.min_lr=1", "parallel.cp=2"]) == 78
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("error: parallel.pp=2 is not available")
+    assert said[0].startswith("error: parallel.cp=2 is not available")
     assert [line.strip().partition("=")[0] for line in said[1:]] == ["schedule.min_lr"]
 
 

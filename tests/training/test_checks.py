@@ -109,7 +109,7 @@ BAD = [
     (f"{GPT2} data.seq_length=2048", "1024 learned positions", "data.seq_length=1024"),
     (f"{GPT2} model.vocab_size=300", "less than the 1536 tokens", "null or at least 1536"),
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
-    ("optimizer.groups=[{a: 1}]", "entries must be plain values"),
+    ("optimizer.groups=[{a:1}]", "entries must be plain values"),
     # pipeline stages
     ("parallel.virtual_stages=2", "about pipeline stages, but parallel.pp=1", "try parallel.pp=2 or"),
     ("parallel.pp=2 parallel.pp_schedule=zbvv world_size=2", "did you mean zbv?"),
@@ -241,6 +241,7 @@ BAD = [
     ("schedule=wsd schedule.warmup_steps=95", "schedule.decay_steps=10 is more than", "try schedule.decay_steps=5"),
     ("schedule.min_lr=1", "above optimizer.lr=0.0006"),
     # seeing
+    ("train.timeline_step=3", "about pipeline stages, but parallel.pp=1"),
     ("train.profile=ten", "not the number of a step", "try train.profile=10-12"),
     ("train.profile=10:12", "try train.profile=10-12"),
     ("train.profile=12-10", "try train.profile=10-12"),
@@ -287,8 +288,8 @@ def test_every_problem_is_reported_at_once():
         compose(["tp=2", "model=x", "train.steps=ten", "seed=3"])
     assert len(caught.value.args) == len(str(caught.value).splitlines()) == 3
     with pytest.raises(ConfigError) as caught:
-        resolve(compose(["data=files", "parallel.pp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
-    assert len(caught.value.args) == 6  # one rank is no multiple of pp=2 either
+        resolve(compose(["data=files", "parallel.cp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
+    assert len(caught.value.args) == 6  # one rank is no multiple of cp=2 either
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_the_first_start_that_works_is_told_everything():
     mirror.log_evaluation(EvaluationMetrics(step=3, loss=0.0))
     mirror.close(failed=True)
     mirror.close(failed=True)
-    assert notes == ["memory: no fast one (KeyError)"]
+    assert notes == ["memory: no fast one (KeyError); recording an slow one instead"]
     (_, step), evaluation, closed = memory.seen
     assert (step["step"], step["loss"], step["mfu"]) == (3, 4.125, None)
     assert evaluation == ("write", {"step": 3, "eval_loss": 0.0, "perplexity": 1.0})

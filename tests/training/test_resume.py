@@ -72,26 +72,35 @@ def test_samples_are_consumed_in_order_and_as_the_schedule_says(out_dir, one_pro
     assert flat == [tuple(sample) for sample in samples(out_dir, "constant")[0][1]]
 
 
-@pytest.mark.parametrize("stop", [2, 3])
-def test_interrupted_and_continued_equals_uninterrupted_bit_for_bit(out_dir, one_process, stop):
-    words = ["parallel.dp_shard=2", "train.micro_batch_size=1"]
-    if not (out_dir / "shards").exists():
-        assert train(out_dir, "shards", 2, *words) == 0
-    name = f"stopped_at_{stop}"
+LAYOUTS = {
+    "shards": ["parallel.dp_shard=2", "train.micro_batch_size=1"],
+    # Both copies of the tied embedding lie on rank 0.
+    "v": ["model.num_layers=4", "parallel.pp=2", "parallel.pp_schedule=zbv", "train.micro_batch_size=1"],
+}
+
+
+@pytest.mark.parametrize(("layout", "stop"), [("shards", 3), ("v", 2)])
+def test_interrupted_and_continued_equals_uninterrupted_bit_for_bit(out_dir, one_process, layout, stop):
+    words = LAYOUTS[layout]
+    assert train(out_dir, layout, 2, *words) == 0
+    name = f"{layout}_stopped"
     assert train(out_dir, name, 2, *words, f"train.exit_after={stop}") == 75
     assert train(out_dir, name, 2, *words) == 0
-    assert metrics(out_dir, name, *NUMBERS) == metrics(out_dir, "shards", *NUMBERS)
-    assert samples(out_dir, name) == samples(out_dir, "shards") == samples(out_dir, "whole")
-    expected, found = tensors(out_dir, "shards"), tensors(out_dir, name)
+    assert metrics(out_dir, name, *NUMBERS) == metrics(out_dir, layout, *NUMBERS)
+    assert samples(out_dir, name) == samples(out_dir, layout) == samples(out_dir, "whole")
+    expected, found = tensors(out_dir, layout), tensors(out_dir, name)
     assert any("optimizer.momentum_buffer." in key for _, key in expected)
     assert any("optimizer.exp_avg_sq." in key for _, key in expected)
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
-    np.testing.assert_allclose(metrics(out_dir, name, *NUMBERS), one_process, rtol=1e-10)
+    if layout == "shards":
+        np.testing.assert_allclose(metrics(out_dir, name, *NUMBERS), one_process, rtol=1e-10)
 
 
-def test_another_layout_continues_as_one_process_would(out_dir, one_process):
-    assert train(out_dir, "changed", 2, "parallel.dp_shard=2", "train.exit_after=4") == 75
+def test_other_layouts_continue_as_one_process_would(out_dir, one_process):
+    assert train(out_dir, "changed", 2, "parallel.dp_shard=2", "train.exit_after=2") == 75
+    pipeline = ["parallel.pp=2", "parallel.tp=2", "parallel.pp_schedule=zb", "train.exit_after=2"]
+    assert train(out_dir, "changed", 4, *pipeline) == 75
     assert train(out_dir, "changed", 4, "parallel.tp=2", "parallel.dp_replicate=2") == 0
     np.testing.assert_allclose(metrics(out_dir, "changed", *NUMBERS), one_process, rtol=1e-10)
     assert samples(out_dir, "changed") == samples(out_dir, "whole")

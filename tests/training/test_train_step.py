@@ -48,7 +48,7 @@ def batch(seed=0, rows=2):
 
 def state(model, step):
     return {
-        name: t.plain.clone()
+        name: t.values.clone()
         for name, t in training_tensors(dict(model.named_parameters()), step.optimizer, logical_shapes(model)).items()
     }
 

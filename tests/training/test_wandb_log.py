@@ -98,7 +98,9 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_online_that_cannot_go_on_becomes_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     wandb = FakeWandb("init online")
-    assert report(monkeypatch, wandb, "online", tmp_path) == ["wandb: no online run (init online broke)"]
+    assert report(monkeypatch, wandb, "online", tmp_path) == [
+        "wandb: no online run (init online broke); recording an offline run instead"
+    ]
     assert [name for name, _ in wandb.asked][1:] == ["init offline", "define_metric", "log", "log", "finish"]
 
 
