@@ -34,7 +34,7 @@ class ParallelConfig:
     dp_shard: int = field(default=-1, metadata={"min": -1})
     """Data-parallel ranks over which weights, gradients and optimizer state are sharded; -1: all ranks that remain."""
     zero: int | None = field(default=None, metadata={"choices": (1, 2, 3)})
-    """3 gathers weights in every pass and reduces gradients every micro-batch, 2 gathers once a step, 1 does both once;
+    """3 gathers weights in every pass and reduces gradients every micro-batch, 2 gathers once a step, 1 both;
     null: 3; 1 with pp."""
     timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
     """Minutes that a rank waits for the others, once the first step is taken, before it takes them for lost."""
