@@ -5,13 +5,34 @@ import os
 # Before torch is imported: ranks share few cores, and the server that they are forked from may have no threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
+import multiprocessing.forkserver
+
 import pytest
 import torch
 from hypothesis import settings
 
+from parallel.local_ranks import PRELOADED
+
 # A loaded machine is no failure.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+USED_BY_TESTS = [
+    "pretrain_gpt",
+    "training.run",
+    "training.parity",
+    "parallel.pipeline",
+    "matplotlib.backends.backend_agg",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_of_ranks():
+    """Ranks are forked from a server, which need not import again in each what nearly all of them use."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *USED_BY_TESTS, "matplotlib.figure"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def pytest_collection_modifyitems(items):

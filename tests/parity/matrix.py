@@ -54,6 +54,13 @@ COMPILED: list[tuple[str, Case]] = [
     for model_name, sequence, recompute in (
         ("gpt2", True, "none"), ("gpt2", False, "full"), ("llama", True, "selective"), ("llama", True, "full")
     )
+] + [
+    (
+        "gpt2",
+        {"pp": 2, "pp_schedule": schedule, "tp": 2, "dp_replicate": 1, "dp_shard": 1, "sequence": True, "tied": True,
+         "recompute": "none", "micro_batches": "fewest", "layers": "even", "dropout": 0.2, "optimizer": "adamw"},
+    )
+    for schedule in ("gpipe", "1f1b", "interleaved")
 ]  # fmt: skip
 
 
