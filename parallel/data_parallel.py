@@ -90,6 +90,16 @@ def shard_data_parallel(
     return DataParallel(model, zero)
 
 
+def take_up_gradients(model: nn.Module) -> None:
+    """Let FSDP take up gradients that were added outside of a backward pass, as it does those of one: in the master
+    dtype, and without reducing them yet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group.post_backward()
+
+
 class _ScatterToOneself:
     """The reduce-scatter of a rank that shares gradients with none: FSDP copies them from its input to its output, for
     which it gets the same memory."""

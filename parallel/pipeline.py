@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.pipelining import (
 )
 
 from parallel.config import ParallelConfig
-from parallel.data_parallel import Batch, DataParallel, Scaling
+from parallel.data_parallel import Batch, DataParallel, Scaling, take_up_gradients
 from parallel.mesh import ParallelMesh
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, rank_of_stage, stages_of_rank
 from parallel.tensor import DeferredGradients, local
@@ -32,8 +33,6 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-
-
 Observer = Callable[[Action], AbstractContextManager[None]]
 """Surrounds every action of a schedule."""
 
@@ -169,7 +168,8 @@ class Pipeline(DataParallel):
             if target is None:
                 self._losses[number] = output.double()
             elif target != self._mesh.pp_rank:
-                sending.append(dist.isend(output.contiguous(), group=self._mesh.pipeline_group, group_dst=target))
+                handed_on[number] = output = output.contiguous()
+                sending.append(dist.isend(output, group=self._mesh.pipeline_group, group_dst=target))
         for work in sending:
             if work is not None:
                 work.wait()
@@ -204,8 +204,18 @@ class Pipeline(DataParallel):
             if is_last
             else hidden,
             group=self._mesh.pipeline_group,
-            dw_builder=self._deferred[index].take if index in self._deferred else None,
+            dw_builder=partial(self._put_off, index) if index in self._deferred else None,
         )
+
+    def _put_off(self, index: int) -> Callable[[], None]:
+        """What computes the gradients that the last backward pass of a stage put off."""
+        products = self._deferred[index].take()
+
+        def run() -> None:
+            products()
+            take_up_gradients(self._modules[index])
+
+        return run
 
     def _scaled_loss(self, loss: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         self._losses[int(number)] = loss.detach().double()

@@ -10,6 +10,12 @@ from tests.parity.layouts import MODELS, cases, configuration, of_each_kind, pip
 from tests.parity.matrix import PAGE, configurations
 from training.parity import describe_layout, one_process, parity_rank, ragged_batches, run_layout, verify
 
+PIPELINE = (
+    "gpt2",
+    {"pp": 4, "pp_schedule": "zb", "tp": 1, "dp_replicate": 1, "dp_shard": 2, "tied": True, "recompute": "none",
+     "micro_batches": "fewest", "layers": "even", "dropout": 0.2, "optimizer": "adamw"},
+)  # fmt: skip
+
 # Of the first step's loss and gradient norm, and of its gradients; a factor of two is an error of at least a half.
 TOLERANCES = {"fp32": (1e-6, 5e-5), "bf16": (3e-2, 0.2), "fp16": (4e-3, 0.03)}
 
@@ -25,7 +31,7 @@ def test_the_layout_computes_what_one_process_does(entry):
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("entry", of_each_kind(), ids=identity)
+@pytest.mark.parametrize("entry", [*of_each_kind(), PIPELINE], ids=identity)
 def test_other_precisions_stay_close(entry, precision):
     numbers, gradients = TOLERANCES[precision]
     config = configuration(*entry, precision)
