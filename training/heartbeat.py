@@ -13,8 +13,6 @@ FOLDER = "heartbeats"
 SIZE = 256
 """Bytes of a file, which is written over: a beat must cost nothing."""
 NEARLY = 0.8
-SECONDS_BEHIND = 1.0
-"""Ranks that started what they are doing so much later than the first do not hold it up."""
 
 
 class Heartbeat:
@@ -29,8 +27,8 @@ class Heartbeat:
         self.step = 0
 
     @contextmanager
-    def during(self, doing: str) -> Iterator[None]:
-        """Says so for as long as the context lasts, and after an error."""
+    def during(self, doing: str | None) -> Iterator[None]:
+        """Says so for as long as the context lasts, and after an error; None: waiting for others."""
         self.beat(doing)
         yield
         self.beat(None)
@@ -54,8 +52,8 @@ class Heartbeat:
 def culprits(logs: Path, timeout: float) -> dict[int, str]:
     """Which ranks hold the others up, and what they were doing, in words; empty where nobody knows.
 
-    They are those of this host that are gone, or else those that have been doing something for nearly `timeout`
-    seconds, the longest of all.
+    They are those of this host that are gone, or else those that do what one of them has been doing for longer than the
+    rest, and for nearly `timeout` seconds; unless that is all of them.
     """
     now, host = time.time(), socket.gethostname()
     beats: dict[int, dict[str, Any]] = {}
@@ -64,13 +62,18 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
             beats[int(path.stem[5:])] = json.loads(path.read_text(encoding="utf-8"))
     gone = [rank for rank, beat in beats.items() if beat["host"] == host and not _is_alive(beat["pid"])]
     busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
-    first = min((beats[rank]["since"] for rank in busy), default=0.0)
-    named = gone or [rank for rank in busy if beats[rank]["since"] <= first + SECONDS_BEHIND]
+    slowest = min(busy, key=lambda rank: float(beats[rank]["since"]), default=None)
+    alike = [rank for rank in busy if slowest is not None and _work(beats[rank]) == _work(beats[slowest])]
+    named = gone or (alike if len(alike) < len(beats) or len(beats) == 1 else [])
     return {
         rank: f"rank {rank} {'is gone' if rank in gone else 'does not answer'}: step {beats[rank]['step']}, "
         f"{beats[rank]['doing'] or 'waiting for others'}, {now - beats[rank]['since']:.0f} s ago"
         for rank in sorted(named)
     }
+
+
+def _work(beat: dict[str, Any]) -> tuple[int, str]:
+    return beat["step"], beat["doing"]
 
 
 def _is_alive(pid: int) -> bool:

@@ -61,7 +61,8 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 trainer = Trainer(config, process, recorder, stop, heartbeat)
                 completed = trainer.run()
         except BaseException as error:
-            failure = _as_peer_error(error, logs, 60 * config.parallel.timeout_minutes)
+            patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
+            failure = _as_peer_error(error, logs, patience)
             _put_down(failure, config, process, recorder, trainer.step if trainer else None)
             if failure is error:
                 raise

@@ -141,7 +141,9 @@ class Trainer:
             self._note(f"step {step} takes longer: it compiles {what}")
         counting = Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext()
         recording = self._timeline() if step == self.config.train.timeline_step else nullcontext()
-        with counting as traffic, recording, self.heartbeat.during("forward and backward passes"):
+        # Stages say themselves what they do, and wait in between.
+        doing = None if self.config.parallel.pp > 1 else "forward and backward passes"
+        with counting as traffic, recording, self.heartbeat.during(doing):
             result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
