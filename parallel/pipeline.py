@@ -60,6 +60,10 @@ class ObservedStage(PipelineStage):
         with self._observer()(Action("W", self.stage_index, bwd_chunk_id)):
             super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **settings)
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch before 2.13 greets a neighbour on the same rank as well, which gloo cannot.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
 
 class StageModules(nn.Module):
     """The stages that one rank has, as one module, in which parameters keep their names."""

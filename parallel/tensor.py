@@ -289,6 +289,7 @@ def _add_gradients(layers: Layers, gradients: Sequence[torch.Tensor | None]) -> 
         if rows is not None:
             gradient, part = torch.zeros_like(local(parameter)), gradient
             gradient[rows] = part
+        gradient = gradient.to(parameter.grad_dtype or gradient.dtype)  # FSDP of torch 2.15 accumulates in another
         if isinstance(parameter, DTensor):
             gradient = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
