@@ -27,10 +27,11 @@ the loss spread very unevenly, and in the first step a data-parallel rank withou
 - initial weights, and what several ranks hold alike, bit for bit.
 
 A layout is *equal* where nothing is off by more than {limit:g}. The layouts are every mesh of {least} to {most} ranks;
-the options are spread over them so that every two meet, and each meets every kind of mesh and every size of `tp`. Then come
-pipelines: every mesh with 2, 3, 4 or 8 pipeline ranks under every schedule, with as many layers as the line says. A few
-layouts with compiled layers follow. They run here alone, since a compiler takes its time; `make test` follows the same
-layers up to the graph that the compiler would get. What the harness would find is tested as well:
+the options are spread over them so that every two meet, and each meets every kind of mesh and every size of `tp`. Then
+come pipelines: every mesh with 2, 3, 4 or 8 pipeline ranks under every schedule, with as many layers as the line says.
+A few layouts with compiled layers follow. They run here alone, since a compiler takes its time; `make test` follows the
+same layers up to the graph that the compiler would get.
+What the harness would find is tested as well:
 `tests/parity/test_planted_bugs.py` plants bugs of the usual kinds, and each is caught.
 
 Your own configuration, scaled down: `kilotron parity model=llama3_8b parallel.tp=2 world_size=4`.
