@@ -37,7 +37,7 @@ class DataParallel:
         """Add to every parameter's `grad`; returns the losses `[micro_batches]` in float64."""
         losses = []
         for index, (inputs, others) in enumerate(batches):
-            self._before_micro_batch(last=index == len(batches) - 1)
+            before_backward(self.model, self.zero, last=index == len(batches) - 1)
             loss = self.model(inputs, **others)
             losses.append(loss.detach().double())
             scaling(loss).backward()
@@ -52,12 +52,6 @@ class DataParallel:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _before_micro_batch(self, *, last: bool) -> None:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last or self.zero > 1)
-            self.model.set_requires_all_reduce(last)
-            self.model.set_reshard_after_backward(last or self.zero > 2)
 
 
 def shard_data_parallel(
@@ -88,6 +82,14 @@ def shard_data_parallel(
         if mesh.fsdp.shape[-1] == 1:
             module.set_custom_reduce_scatter(cast(Any, _ScatterToOneself()))
     return DataParallel(model, zero)
+
+
+def before_backward(model: nn.Module, zero: int, *, last: bool) -> None:
+    """Tell FSDP what to do in a micro-batch's backward pass; `last` closes the step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or zero > 1)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or zero > 2)
 
 
 def take_up_gradients(model: nn.Module) -> None:

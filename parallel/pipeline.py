@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -19,7 +20,7 @@ from torch.distributed.pipelining import (
 )
 
 from parallel.config import ParallelConfig
-from parallel.data_parallel import Batch, DataParallel, Scaling, take_up_gradients
+from parallel.data_parallel import Batch, DataParallel, Scaling, before_backward, take_up_gradients
 from parallel.mesh import ParallelMesh
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, rank_of_stage, stages_of_rank
 from parallel.tensor import DeferredGradients, local
@@ -38,11 +39,16 @@ Observer = Callable[[Action], AbstractContextManager[None]]
 
 
 class ObservedStage(PipelineStage):
-    """A stage that says what it does."""
+    """A stage that says what it does, and with zero > 1 talks to data-parallel ranks every micro-batch.
 
-    def __init__(self, observer: Callable[[], Observer], *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._observer = observer
+    With zero 1 torch's schedules gather weights and reduce gradients once a step. Else they see no FSDP.
+    """
+
+    def __init__(
+        self, observer: Callable[[], Observer], zero: int, module: nn.Module, *arguments: Any, **settings: Any
+    ) -> None:
+        super().__init__(module if zero == 1 else _Opaque(module), *arguments, **settings)
+        self._observer, self._zero, self._module = observer, zero, module
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **settings: Any) -> Any:
         """The forward pass of a micro-batch."""
@@ -52,6 +58,11 @@ class ObservedStage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **settings: Any) -> None:
         """The backward pass of a micro-batch, whole or for its input alone."""
         kind = "B" if settings.get("full_backward", True) else "I"
+        if self._zero > 1 and isinstance(self._module, FSDPModule):
+            last = settings["last_backward"]
+            # Micro-batches that are still on their way forward share FSDP's notes of what to gather next.
+            self._module.set_is_last_backward(last)
+            before_backward(self._module, self._zero, last=last)
         with self._observer()(Action(kind, self.stage_index, bwd_chunk_id)):
             super().backward_one_chunk(bwd_chunk_id, *arguments, **settings)
 
@@ -63,6 +74,17 @@ class ObservedStage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # torch before 2.13 greets a neighbour on the same rank as well, which gloo cannot.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
+class _Opaque(nn.Module):
+    """A module whose type cannot be seen."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        return self.module(*arguments, **settings)
 
 
 class StageModules(nn.Module):
@@ -83,8 +105,6 @@ class StageModules(nn.Module):
 class Pipeline(DataParallel):
     """This rank's stages of a model whose micro-batches pass from rank to rank.
 
-    Weights are gathered, and gradients reduced over data-parallel ranks, once a step.
-
     Args:
         stages: the modules of this rank's stages, sharded by data parallelism.
         hidden_like: what a stage hands on for the input of a micro-batch: a tensor on the meta device.
@@ -101,7 +121,7 @@ class Pipeline(DataParallel):
         tied: str | None,
     ) -> None:
         """Collective."""
-        super().__init__(StageModules(stages), zero=1)
+        super().__init__(StageModules(stages), config.zero_stage)
         self._config, self._mesh, self._device = config, mesh, device
         self._hidden_like = hidden_like
         self._indices = stages_of_rank(mesh.pp_rank, config.pp, config.stages_a_rank, config.pp_schedule)
@@ -199,6 +219,7 @@ class Pipeline(DataParallel):
         is_first, is_last = index == 0, index == self._config.stages - 1
         return ObservedStage(
             lambda: self.observer,
+            self.zero,
             module,
             index,
             self._config.stages,

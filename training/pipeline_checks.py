@@ -98,10 +98,10 @@ def check_pipeline_options(config: RunConfig) -> Iterator[str]:
     layout = config.parallel
     if layout.pp == 1:
         return
-    if layout.zero_stage != 1:
+    if layout.zero_stage != 1 and layout.pp_schedule in SPLIT_BACKWARD:
         yield (
-            f"parallel.zero={layout.zero} with parallel.pp={layout.pp}: the micro-batches of a pipeline find its "
-            "weights gathered, and gradients are reduced once a step; use parallel.zero=1 or null"
+            f"parallel.zero={layout.zero} with parallel.pp_schedule={layout.pp_schedule}: gradients of weights come "
+            "after the backward pass that would reduce them; use parallel.zero=1 or null, or parallel.pp_schedule=1f1b"
         )
     if config.train.compile and layout.pp_schedule in SPLIT_BACKWARD:
         yield (

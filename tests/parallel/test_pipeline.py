@@ -84,6 +84,22 @@ def count_operators(rank, world_size, config):
     return operators.counts
 
 
+def test_zero_decides_how_often_weights_are_gathered_and_gradients_reduced():
+    counts = {}
+    for zero in (1, 2, 3):
+        config = build(2, "1f1b", dp_shard=2, layers="even", zero=zero)
+        counts[zero] = run_ranks(4, count_operators, config)[3]
+    units, layers, number = 2, 1, len(micro_batches(config))
+    assert [counts[zero]["_reduce_scatter_base_"] for zero in (1, 2, 3)] == [
+        units,
+        units * number,
+        units * number,
+    ]
+    gathered = [counts[zero]["_allgather_base_"] for zero in (1, 2, 3)]
+    assert gathered[:2] == [units, units]
+    assert gathered[2] >= 2 * layers * number
+
+
 @pytest.mark.parametrize("sequence", [True, False])
 def test_zero_bubble_schedules_compute_and_communicate_nothing_twice(sequence):
     case = {"tp": 2, "sequence": sequence}

@@ -4,13 +4,13 @@ import math
 import random
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
-from parallel.stages import takes
+from parallel.stages import SPLIT_BACKWARD, takes
 from tests.parity.covering import Case, covering_array, pairs
 from training.config import OptimizerConfig, RunConfig, TrainConfig
 
@@ -139,6 +139,10 @@ def pipeline_matrix() -> list[tuple[str, Case]]:
     models, cases_of_options = models[: len(rows)], cases_of_options[: len(rows)]
     shuffle(models)
     shuffle(cases_of_options)
+    zeros = cycle((3, 2, 1))
+    for row in rows:
+        if has(row, "zero") and row["pp_schedule"] not in SPLIT_BACKWARD:
+            row["zero"] = next(zeros)
     return [(model, row | case) for model, row, case in zip(models, rows, cases_of_options, strict=True)]
 
 

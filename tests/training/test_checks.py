@@ -137,7 +137,7 @@ BAD = [
         "needs micro-batches that 2 rounds share equally a step",
         "try train.global_batch_size=8 or 10",
     ),
-    ("parallel.pp=2 parallel.zero=3 world_size=2", "reduced once a step; use parallel.zero=1 or null"),
+    ("parallel.pp=2 parallel.zero=3 parallel.pp_schedule=zb world_size=2", "use parallel.zero=1 or null"),
     ("parallel.pp=2 parallel.pp_schedule=zb train.compile=true world_size=2", "cannot put off", "interleaved"),
     # the optimizer
     ("optimizer.name=muno", "did you mean muon?", "known: adamw, muon"),
