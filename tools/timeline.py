@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parallel.pp=4 parallel.pp_schedule=zbv, as for pretrain_gpt.py",
     )
     parser.add_argument("--microbatches", type=int, help="micro-batches a step; default: two a rank")
-    parser.add_argument("--output", type=Path, default=Path("timeline.png"), help="the picture; default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/timeline.png"), help="the picture; default: %(default)s"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,8 +68,8 @@ def small_run(config: RunConfig, micro_batches: int | None) -> RunConfig:
         ffn_hidden_size=WIDTH, vocab_size=VOCABULARY, max_position_embeddings=LENGTH,
     )  # fmt: skip
     train = replace(
-        config.train, micro_batch_size=1, global_batch_size=micro_batches or 2 * layout.pp, batch_schedule=None,
-        precision="fp32", compile=False,
+        config.train, micro_batch_size=1, global_batch_size=2 * layout.pp if micro_batches is None else micro_batches,
+        batch_schedule=None, precision="fp32", compile=False,
     )  # fmt: skip
     data = replace(config.data, path=None, corpus="sample", tokenizer="bytes", seq_length=LENGTH)
     alone = replace(
