@@ -133,11 +133,12 @@ def evaluations(out_dir, name):
 def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir, reference):
     words = ["train.precision=fp64", "train.steps=5", "train.eval_interval=2", "train.eval_steps=2"]
     found = []
-    for ranks, layout in [(1, []), SHARDS, TENSOR, PIPELINE]:
+    for ranks, layout in [(1, []), SHARDS, TENSOR, (PIPELINE[0], [*PIPELINE[1], "train.timeline_step=3"])]:
         name = f"evaluated{len(found)}"
         assert train(out_dir, name, ranks, *words, *layout) == 0
         np.testing.assert_allclose(numbers(out_dir, name), reference[0], rtol=1e-10)
         found.append(evaluations(out_dir, name))
+    assert (out_dir / name / "logs" / "timeline_step_3.png").read_bytes().startswith(b"\x89PNG")
     assert len(found[0]) == 3
     assert found[0][2] < found[0][1] < found[0][0]
     assert abs(found[0][2] - reference[0][-1][0]) < 0.5, "near the training loss, in nats a token"
