@@ -106,6 +106,31 @@ def test_other_layouts_continue_as_one_process_would(out_dir, one_process):
     assert samples(out_dir, "changed") == samples(out_dir, "whole")
 
 
+CHAIN = [
+    (2, ["parallel.dp_shard=2"]),
+    (2, ["parallel.pp=2", "parallel.pp_schedule=zbv"]),
+    (4, ["parallel.pp=4", "parallel.pp_schedule=zb"]),
+    (2, ["parallel.tp=2"]),
+    (4, ["parallel.pp=2", "parallel.tp=2", "parallel.pp_schedule=interleaved"]),
+    (4, ["parallel.pp=2", "parallel.dp_shard=2", "parallel.zero=3"]),
+    (1, []),
+    (2, ["parallel.pp=2", "parallel.pp_schedule=dualpipev"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_run_that_changes_its_layout_at_every_step_is_the_run_of_one_process(out_dir, tied):
+    words = ["model.num_layers=4", f"model.tie_embeddings={tied}", "train.micro_batch_size=1", "train.steps=8"]
+    assert train(out_dir, f"alone_{tied}", 1, *words) == 0
+    for index, (ranks, layout) in enumerate(CHAIN):
+        code = train(out_dir, f"chain_{tied}", ranks, *words, *layout, "train.exit_after=1")
+        assert code == (75 if index < len(CHAIN) - 1 else 0)
+    found = metrics(out_dir, f"chain_{tied}", *NUMBERS)
+    np.testing.assert_allclose(found, metrics(out_dir, f"alone_{tied}", *NUMBERS), rtol=1e-10)
+    assert samples(out_dir, f"chain_{tied}") == samples(out_dir, f"alone_{tied}")
+
+
 def test_another_optimizer_cannot_continue_a_run(out_dir, one_process):
     with pytest.raises(ConfigError, match=r"optimizer.name: was muon, now adamw"):
         train(out_dir, "whole", 1, "optimizer=adamw", "train.steps=7")
