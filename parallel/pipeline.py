@@ -1,5 +1,6 @@
 """Pipeline parallelism: the stages of this rank, run by the schedules of torch.distributed.pipelining."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -134,6 +135,8 @@ class Pipeline(DataParallel):
         self._scaling: Scaling = lambda loss: loss
         self._losses: dict[int, torch.Tensor] = {}
         self._tied = tied
+        # At an error it prints the whole schedule, on every rank.
+        logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
         apart = tied is not None and config.pp_schedule not in V_SHAPED
         self._ends = mesh.ends_group() if apart else None
 

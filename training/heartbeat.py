@@ -13,6 +13,7 @@ FOLDER = "heartbeats"
 SIZE = 256
 """Bytes of a file, which is written over: a beat must cost nothing."""
 NEARLY = 0.8
+SECONDS_TO_DIE = 0.5
 
 
 class Heartbeat:
@@ -55,12 +56,15 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
     They are those of this host that are gone, or else those that do what one of them has been doing for longer than the
     rest, and for nearly `timeout` seconds; unless that is all of them.
     """
-    now, host = time.time(), socket.gethostname()
-    beats: dict[int, dict[str, Any]] = {}
-    for path in (logs / FOLDER).glob("rank_*.json"):
-        with suppress(OSError, ValueError):
-            beats[int(path.stem[5:])] = json.loads(path.read_text(encoding="utf-8"))
-    gone = [rank for rank, beat in beats.items() if beat["host"] == host and not _is_alive(beat["pid"])]
+    now = time.time()
+    while True:
+        beats = _beats(logs)
+        here = [rank for rank, beat in beats.items() if beat["host"] == socket.gethostname()]
+        gone = [rank for rank in here if not _is_alive(beats[rank]["pid"])]
+        # The connections of a process that is killed close a moment before it is gone.
+        if gone or time.time() > now + SECONDS_TO_DIE:
+            break
+        time.sleep(SECONDS_TO_DIE / 10)
     busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
     slowest = min(busy, key=lambda rank: float(beats[rank]["since"]), default=None)
     alike = [rank for rank in busy if slowest is not None and _work(beats[rank]) == _work(beats[slowest])]
@@ -70,6 +74,14 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
         f"{beats[rank]['doing'] or 'waiting for others'}, {now - beats[rank]['since']:.0f} s ago"
         for rank in sorted(named)
     }
+
+
+def _beats(logs: Path) -> dict[int, dict[str, Any]]:
+    beats = {}
+    for path in (logs / FOLDER).glob("rank_*.json"):
+        with suppress(OSError, ValueError):
+            beats[int(path.stem[5:])] = json.loads(path.read_text(encoding="utf-8"))
+    return beats
 
 
 def _work(beat: dict[str, Any]) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -39,10 +40,11 @@ def rank_that_fails(action, at, words):
     ("schedule", "action", "at", "doing"),
     [
         ("1f1b", "hang", 13, "backward 5"),
-        pytest.param("zbv", "kill", 25, "backward", marks=pytest.mark.faults),
-        pytest.param("zbv", "hang", 17, "backward", marks=pytest.mark.faults),
-        pytest.param("interleaved", "kill", 30, "backward", marks=pytest.mark.faults),
-        pytest.param("1f1b", "kill", 8, "backward", marks=pytest.mark.faults),
+        *(
+            pytest.param(schedule, action, random.randrange(*of_step_2), "backward", marks=pytest.mark.faults)
+            for schedule, of_step_2 in (("1f1b", (8, 16)), ("interleaved", (16, 32)), ("zbv", (16, 32)))
+            for action in ("kill", "hang")
+        ),
     ],
 )
 def test_the_others_end_in_time_and_name_the_rank(tmp_path, schedule, action, at, doing):
