@@ -56,7 +56,10 @@ def process_group(
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """From now on no rank waits longer than that for others, in any group; torch gives new groups half an hour."""
+    """Let collectives of every group wait no longer than that from now on; torch gives new groups half an hour.
+
+    What waits for a single rank in gloo keeps to the time-out that its group was made with.
+    """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -84,7 +84,8 @@ def ideal_bubble(schedule: str, ranks: int, a_rank: int, micro_batches: int) -> 
 
     (p - 1) / m of gpipe and 1f1b and, with v stages a rank, (p - 1) / (v m) of interleaved (arXiv:2104.04473); a third
     of it where gradients of weights fill in (ZB-H1, arXiv:2401.10241); a sixth, the wait for the first micro-batch, of
-    V shapes once there are two micro-batches a rank.
+    V shapes once there are two micro-batches a rank. The third that V shapes take with fewer is no theory, but what was
+    seen.
     """
     share = 1.0 if schedule in ("gpipe", "1f1b") else 1 / a_rank if schedule == "interleaved" else 1 / (3 * a_rank)
     if schedule in V_SHAPED:
