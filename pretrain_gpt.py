@@ -11,12 +11,10 @@ from typing import NoReturn, TextIO
 
 from training.compose import compose, compose_sweep, resolve, to_yaml
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError
 from training.help import help_page
 from training.overrides import read_command_line
 from training.summary import summary
-
-SECONDS_FOR_LAST_WORDS = 1.0
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -25,7 +23,6 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         return start(words, environment)
     except Exception as error:
         if environment.get("RANK", "0") != "0" and hasattr(error, "exit_code"):
-            # torchrun ends all ranks once one has ended, and rank 0 still has to put down why, and say it.
             time.sleep(SECONDS_FOR_LAST_WORDS)
         raise
 

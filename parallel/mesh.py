@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.config import ParallelConfig
+from parallel.process_group import group_timeout
 from parallel.stages import rank_of_stage
 from parallel.tensor import TensorParallel
 
@@ -37,7 +38,7 @@ class ParallelMesh:
         if config.pp > 1:
             # A group of its own: in gloo, who waits for one rank keeps to the time-out that the group was made with.
             pipelines = self.device_mesh.mesh.flatten(1).t().tolist()
-            timeout = timedelta(minutes=config.timeout_minutes)
+            timeout = group_timeout(timedelta(minutes=config.timeout_minutes), device_type)
             groups = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout, group_desc="pp")
             self.pipeline_group = cast(dist.ProcessGroup, groups[0])
         self.data_group = self._data_group(config)

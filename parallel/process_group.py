@@ -14,6 +14,8 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 FLIGHT_RECORD = "nccl_trace_rank_"
 """How the files begin that NCCL's flight recorder writes; the rank follows."""
+WATCHDOG_DELAY = timedelta(minutes=1)
+"""How much later NCCL's watchdog ends a rank than a rank that can say who holds it up would end itself."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ def process_group(
     """Join the group that torchrun describes in the environment, or one of a single process; leave it at the end.
 
     NCCL connects CUDA tensors and gloo CPU tensors; without CUDA there is gloo alone. With an empty `environment` the
-    process stays alone wherever it was started. Where a collective on CUDA takes longer than `timeout`, NCCL's watchdog
-    ends each rank, which leaves what it had communicated in the folder `logs`, if that is there by then.
+    process stays alone wherever it was started. Where a collective on CUDA takes a minute longer than `timeout`, NCCL's
+    watchdog ends each rank, which leaves what it had communicated in the folder `logs`, if that is there by then.
     """
     device = _device(environment)
     if device.type == "cuda" and logs is not None:
         keep_flight_records(logs, os.environ)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = group_timeout(timeout, device.type)
     if environment.get("WORLD_SIZE"):
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -55,11 +58,21 @@ def process_group(
     dist.destroy_process_group()
 
 
-def set_timeout(timeout: timedelta) -> None:
-    """Let collectives of every group wait no longer than that from now on; torch gives new groups half an hour.
+def group_timeout(timeout: timedelta, device_type: str) -> timedelta:
+    """How long a backend waits, for ranks on that kind of device, where a rank itself waits for `timeout`.
+
+    gloo then raises an error; NCCL's watchdog would end the process before it could say anything.
+    """
+    return timeout + WATCHDOG_DELAY if device_type == "cuda" else timeout
+
+
+def set_timeout(timeout: timedelta, device_type: str) -> None:
+    """Let collectives of every group wait no longer than that from now on, as `group_timeout` has it; torch gives new
+    groups half an hour.
 
     What waits for a single rank in gloo keeps to the time-out that its group was made with.
     """
+    timeout = group_timeout(timeout, device_type)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -1,5 +1,8 @@
 """Errors that end a run with a message and an exit code that scripts rely on."""
 
+SECONDS_FOR_LAST_WORDS = 1.0
+"""How much later other ranks end with an error than rank 0, which puts it down: torchrun ends all when one ends."""
+
 
 class RunError(Exception):
     """Something that ends a run; the message says what is wrong, where, and what would work."""

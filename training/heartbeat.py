@@ -3,8 +3,9 @@
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ SIZE = 256
 """Bytes of a file, which is written over: a beat must cost nothing."""
 NEARLY = 0.8
 SECONDS_TO_DIE = 0.5
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Heartbeat:
-    """This rank's file. A rank that waits for others does nothing; one that does something holds them up."""
+    """This rank's file. A rank that waits for others does nothing; one that does something holds them up.
 
-    def __init__(self, logs: Path, rank: int) -> None:
+    Args:
+        logs: the folder of the run under which ranks put their files.
+        patience: seconds after which who is waited for does not answer; may be set later.
+    """
+
+    def __init__(self, logs: Path, rank: int, patience: float) -> None:
+        self.patience = patience
+        self.waiting_since: float | None = None
+        """When this rank began to wait for others, in seconds of `time.time`; None: it does not."""
+        self.logs = logs
         folder = logs / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank_{rank:05d}.json"
@@ -39,7 +50,9 @@ class Heartbeat:
 
     def beat(self, doing: str | None) -> None:
         """Says what begins; None: waiting for others."""
-        text = json.dumps({"step": self.step, "doing": doing, "since": time.time(), **self._who})
+        now = time.time()
+        self.waiting_since = now if doing is None else None
+        text = json.dumps({"step": self.step, "doing": doing, "since": now, **self._who})
         with suppress(OSError):  # of no use to the run itself
             os.pwrite(self._file.fileno(), text[:SIZE].ljust(SIZE).encode(), 0)
 
@@ -48,6 +61,32 @@ class Heartbeat:
         self._file.close()
         with suppress(OSError):
             self._path.unlink()
+
+
+@contextmanager
+def giving_up(heartbeat: Heartbeat, give_up: Callable[[dict[int, str]], None]) -> Iterator[None]:
+    """Calls `give_up`, in a thread of its own, where this rank has waited longer than its patience for others that
+    `culprits` can name.
+
+    For backends that end the process rather than raise an error, such as NCCL: who is named was named before.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            since = heartbeat.waiting_since
+            if since is None or time.time() - since < heartbeat.patience + SECONDS_BETWEEN_LOOKS:
+                continue
+            named = culprits(heartbeat.logs, heartbeat.patience)
+            if named and heartbeat.waiting_since == since and not ended.is_set():
+                give_up(named)
+                return
+
+    threading.Thread(target=look, name="giving up", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def culprits(logs: Path, timeout: float) -> dict[int, str]:

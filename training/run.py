@@ -5,15 +5,17 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
-from training.errors import ConfigError, PeerError, RunError, StorageError
-from training.heartbeat import FOLDER, Heartbeat, culprits
+from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
+from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.mirror import first_line
 from training.recorder import Recorder
 from training.run_directory import LOGS, RunDirectory, State, difference
@@ -57,9 +59,15 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 if process.rank == 0:
                     print(standing)
                 return 0
-            with Heartbeat(logs, process.rank) as heartbeat:
+            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat:
                 trainer = Trainer(config, process, recorder, stop, heartbeat)
-                completed = trainer.run()
+
+                def give_up(named: dict[int, str]) -> None:
+                    failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
+                    _end_from_thread(failure, config, process, recorder, trainer.step)
+
+                with giving_up(heartbeat, give_up):
+                    completed = trainer.run()
         except BaseException as error:
             patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
             failure = _as_peer_error(error, logs, patience)
@@ -82,9 +90,25 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 def _as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseException:
     if not is_peer_failure(error):
         return error
-    held_up = ", ".join(culprits(logs, timeout).values()) or "another rank left or did not answer"
+    return _peer_error(culprits(logs, timeout), logs, first_line(error))
+
+
+def _peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
+    held_up = ", ".join(named.values()) or "another rank left or did not answer"
     clues = "; ".join(["its own message, or logs/, says why", *filter(None, [flight_records(logs)])])
-    return PeerError(f"{held_up}; {clues} ({first_line(error)})")
+    return PeerError(f"{held_up}; {clues} ({noticed})")
+
+
+def _end_from_thread(
+    failure: PeerError, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int
+) -> NoReturn:
+    """End the process while its main thread waits for what will never come."""
+    _put_down(failure, config, process, recorder, step)
+    if process.rank == 0:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_LAST_WORDS)
+    os._exit(failure.exit_code)
 
 
 def flight_records(logs: Path) -> str:

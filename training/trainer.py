@@ -148,7 +148,9 @@ class Trainer:
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
         if first:
-            set_timeout(timedelta(minutes=self.config.parallel.timeout_minutes))
+            timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
+            set_timeout(timeout, self.device.type)
+            self.heartbeat.patience = timeout.total_seconds()
         if compiling:
             result.numbers.read()
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
