@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from models.hugging_face_weights import HuggingFaceWeights
     from parallel.process_group import process_group
     from parallel.sharding import logical_shapes
-    from training.checkpoint import save_checkpoint
+    from training.checkpoint_saver import save_checkpoint
     from training.checks import check_choices, check_ranges, check_relations
     from training.config import RunConfig
     from training.errors import ConfigError

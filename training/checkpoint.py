@@ -1,53 +1,33 @@
-"""Checkpoints of a run: saved complete or not at all, found, verified, chosen, and loaded into any parallel layout."""
+"""Checkpoints of a run: found, verified by all ranks together, chosen, and loaded into any parallel layout."""
 
-import contextlib
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart, tensor_part
-from training.checkpoint_storage import CheckpointWriter, claims, read_parts, step_directories, tidy, write_parts
-from training.errors import StorageError
-from training.manifest import Manifest, read_manifest, verify
+from training.checkpoint_storage import read_parts, set_aside, step_directories
+from training.errors import DamageError, StorageError
+from training.exchange import exchange, to_all
+from training.manifest import Manifest, compare_hashes, compare_sizes, read_manifest
 
-__all__ = ["choose_checkpoint", "load_checkpoint", "read_manifest", "save_checkpoint", "verify"]
 DIRECTORY = "checkpoints"
-Found = TypeVar("Found")
-Answer = TypeVar("Answer")
+AUTO_HASHES_UP_TO = 50 * 10**9
+"""Bytes of a checkpoint for each node up to which verify=auto hashes every file."""
+
+FilesNeeded = Callable[[Manifest], Collection[str]]
+"""Which files of a checkpoint this rank will read."""
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, TensorPart | torch.Tensor], state: dict[str, Any], keep: int
-) -> Path:
-    """Save `tensors` and the JSON `state` as `<run_dir>/checkpoints/step_XXXXXXXX`; returns that path.
-
-    Collective over the default process group. Ranks may have different tensors; a part that several have is the same on
-    all, and written by one of them. The newest `keep` checkpoints up to `step` stay; those of later steps, which a run
-    leaves behind when it resumes from an earlier one, are removed.
-
-    Raises StorageError on every rank where storage fails on any, RuntimeError where anything else does; the checkpoints
-    that stood before still stand then.
-    """
-    directory, parts = run_dir / DIRECTORY, _parts(tensors)
-    writer = CheckpointWriter(directory, Manifest(step, state, {}, {}), keep)
-    doing = f"saving {writer.target}"
-    try:
-        temporary, names = _exchange(lambda: claims(parts), writer.begin, doing)
-        file = temporary / f"rank_{dist.get_rank():05d}.safetensors"
-        own = {name: parts[name] for name in names}
-        _exchange(lambda: write_parts(file, own) if own else None, writer.finish, doing)
-    except (StorageError, RuntimeError):
-        if dist.get_rank() == 0:
-            # What cannot be removed now is removed by the next save.
-            with contextlib.suppress(OSError):
-                tidy(directory)
-        raise
-    return writer.target
+def all_files(manifest: Manifest) -> Collection[str]:
+    """For who does not know yet what to read."""
+    return manifest.files
 
 
 def load_checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, TensorPart | torch.Tensor]) -> None:
@@ -56,10 +36,10 @@ def load_checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor
     Collective over the default process group; ranks may ask for different tensors. Raises StorageError on every rank
     where a tensor is missing or has another shape, or a file cannot be read, on any.
     """
-    _exchange(lambda: read_parts(path, manifest, _parts(tensors)), lambda nothing: nothing, f"loading {path}")
+    exchange(lambda: read_parts(path, manifest, parts_of(tensors)), to_all(lambda _: None), f"loading {path}")
 
 
-def _parts(tensors: Mapping[str, TensorPart | torch.Tensor]) -> dict[str, TensorPart]:
+def parts_of(tensors: Mapping[str, TensorPart | torch.Tensor]) -> dict[str, TensorPart]:
     """Tensors without padding need not say so."""
     return {
         name: tensor if isinstance(tensor, TensorPart) else tensor_part(tensor, tensor.shape)
@@ -67,71 +47,96 @@ def _parts(tensors: Mapping[str, TensorPart | torch.Tensor]) -> dict[str, Tensor
     }
 
 
-def _exchange(action: Callable[[], Found], conclude: Callable[[list[Found]], list[Answer]], doing: str) -> Answer:
-    """Every rank acts, and rank 0 concludes from what all found what each of them gets back.
+def verify_together(path: Path, manifest: Manifest, mode: str, needed: FilesNeeded = all_files) -> None:
+    """Compare the files of the checkpoint at `path` with its manifest, the work shared by all ranks.
 
-    Raises StorageError on every rank where storage fails on any, RuntimeError where anything else does.
+    `full` hashes every file once, `sizes` compares lengths only, `off` looks at nothing. `auto` is `full` up to 50 GB
+    for each node; above, every node hashes the files that its ranks need. Collective over the default process group.
+    Raises DamageError on every rank where a file is not what was written, StorageError where it cannot be read.
     """
-    outcomes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_attempt(action, doing), outcomes)
-    answers = None
-    if outcomes is not None:
-        # Storage first: a user can mend that.
-        failures = sorted((error for _, error in outcomes if error), key=lambda error: isinstance(error, RuntimeError))
-        if not failures:
-            concluded, failure = _attempt(lambda: conclude([found for found, _ in outcomes]), doing)
-            failures = [failure] if failure else []
-        answers = [(None, failures[0])] * len(outcomes) if failures else [(each, None) for each in concluded or ()]
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, answers)
-    answer, failure = received[0]
-    if failure is not None:
-        raise failure
-    return cast(Answer, answer)
+    if mode == "off":
+        return
+    doing = "verifying"
+
+    def look() -> tuple[str, Collection[str]]:
+        if dist.get_rank() == 0:
+            compare_sizes(path, manifest)
+        return socket.gethostname(), needed(manifest) if mode == "auto" else ()
+
+    def share(found: list[tuple[str, Collection[str]]]) -> list[list[str]]:
+        if mode == "sizes":
+            return [[] for _ in found]
+        nodes = len({host for host, _ in found})
+        wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
+        if mode == "full" or sum(entry.size for entry in manifest.files.values()) <= nodes * AUTO_HASHES_UP_TO:
+            wanted |= {(name, "any node"): list(range(len(found))) for name in manifest.files}
+        else:
+            for rank, (host, names) in enumerate(found):
+                for name in names:
+                    wanted[name, host].append(rank)
+        return _shares(wanted, manifest, len(found))
+
+    names = exchange(look, share, doing)
+    exchange(lambda: compare_hashes(path, manifest, names), to_all(lambda _: None), doing)
 
 
-def _attempt(action: Callable[[], Found], doing: str) -> tuple[Found | None, Exception | None]:
-    """The action's result, or an error for all ranks to raise."""
-    try:
-        return action(), None
-    except (OSError, StorageError) as error:
-        return None, StorageError(f"{doing}: rank {dist.get_rank()}: {error}")
-    except Exception as error:
-        return None, RuntimeError(f"{doing}: rank {dist.get_rank()}: {error!r}")
+def _shares(wanted: Mapping[tuple[str, str], Iterable[int]], manifest: Manifest, ranks: int) -> list[list[str]]:
+    """Each file to the one of its ranks that has the least to hash so far, the largest files first."""
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for (name, _), candidates in sorted(wanted.items(), key=lambda item: -manifest.files[item[0][0]].size):
+        rank = min(candidates, key=load.__getitem__)
+        shares[rank].append(name)
+        load[rank] += manifest.files[name].size
+    return shares
 
 
-def choose_checkpoint(run_dir: Path, resume: str, verify_mode: str) -> tuple[Path, Manifest] | None:
+def choose_checkpoint(
+    run_dir: Path, resume: str, verify_mode: str, needed: FilesNeeded = all_files, *, owned: bool = False
+) -> tuple[Path, Manifest] | None:
     """The checkpoint to continue from: with resume=auto the newest valid one, else the one of step number `resume`.
 
-    Collective over the default process group: rank 0 looks, and names what it skips on stderr. None where auto finds no
-    checkpoint at all. Raises StorageError on every rank where all are invalid, or the wanted step is not there.
+    Collective over the default process group. What auto passes over is named on rank 0's stderr and, where the run is
+    `owned` by the caller, set aside as `.corrupt`. None where auto finds no checkpoint at all. Raises StorageError on
+    every rank where all are damaged, the wanted step is damaged or not there, or a file cannot be read: an older
+    checkpoint is no answer to a disk that fails for a moment.
     """
-    return on_rank_zero(lambda: _choose(run_dir / DIRECTORY, resume, verify_mode))
-
-
-def _choose(directory: Path, resume: str, verify_mode: str) -> tuple[Path, Manifest] | None:
-    try:
-        found = step_directories(directory)
-    except OSError as error:
-        raise StorageError(f"{directory}: cannot be read: {error}") from error
-    steps = ", ".join(str(step) for step, _ in found) or "none"
-    if resume != "auto":
-        found = [(step, path) for step, path in found if str(step) == resume]
-        if not found:
-            raise StorageError(f"no checkpoint of step {resume} in {directory}; steps there: {steps}")
-    problems = []
-    for _, path in found:
+    directory = run_dir / DIRECTORY
+    damaged: list[tuple[Path, DamageError]] = []
+    for path in on_rank_zero(lambda: _candidates(directory, resume)):
         try:
-            manifest = read_manifest(path)
-            verify(path, manifest, verify_mode)
-        except StorageError as error:
-            problems.append(str(error))
-            print(f"checkpoint {path.name} is invalid: {error}", file=sys.stderr)
+            manifest = on_rank_zero(partial(read_manifest, path))
+            verify_together(path, manifest, verify_mode, needed)
+        except DamageError as error:
+            damaged.append((path, error))
         else:
+            on_rank_zero(lambda: _pass_over(damaged, owned=owned))
             return path, manifest
-    if problems:
+    if damaged:
+        # Not set aside: the next start would take the run for one that never saved.
         raise StorageError(
-            f"no valid checkpoint in {directory} (steps there: {steps}): {'; '.join(problems)}. "
+            f"no valid checkpoint in {directory} (looked at {', '.join(path.name for path, _ in damaged)}): "
+            f"{'; '.join(str(error) for _, error in damaged)}. "
             "Restore a damaged file, or start a new run under another name"
         )
     return None
+
+
+def _pass_over(damaged: list[tuple[Path, DamageError]], *, owned: bool) -> None:
+    for path, error in damaged:
+        fate = f"set aside as {set_aside(path).name}" if owned else "passed over"
+        print(f"checkpoint {path.name} is damaged and {fate}: {error}", file=sys.stderr)
+
+
+def _candidates(directory: Path, resume: str) -> list[Path]:
+    try:
+        found = step_directories(directory)
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be read: {error.strerror}") from error
+    wanted = [path for step, path in found if resume in ("auto", str(step))]
+    if resume == "auto":
+        return wanted
+    if not wanted:
+        steps = ", ".join(str(step) for step, _ in found) or "none"
+        raise StorageError(f"no checkpoint of step {resume} in {directory}; steps there: {steps}")
+    return wanted

@@ -1,7 +1,8 @@
 """Storage of checkpoints: a safetensors file a rank, written as a stream, read by mapped ranges; visible when whole."""
 
-import dataclasses
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +23,22 @@ from safetensors import SafetensorError, safe_open
 from data.files import sync, write_whole
 from parallel.sharding import Box, TensorPart
 from training.errors import StorageError
-from training.manifest import DTYPES, MANIFEST_NAME, Chunk, FileEntry, Manifest, TensorEntry, encode_manifest
+from training.faults import Passing, pass_by
+from training.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    Chunk,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
+CORRUPT = ".corrupt"
 
 
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
@@ -41,6 +54,23 @@ def step_directories(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def step_name(step: int) -> str:
+    """What the checkpoint of a step is called."""
+    return f"step_{step:08d}"
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it is none any more; returns its new path. Raises StorageError."""
+    taken = itertools.count(2)
+    aside = path.with_name(path.name + CORRUPT)
+    while aside.exists():
+        aside = path.with_name(f"{path.name}{CORRUPT}.{next(taken)}")
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise StorageError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
+
+
 def tidy(directory: Path) -> None:
     """Remove what interrupted saves left under `directory`. Only for the run that saves there."""
     replaced = [path for path in directory.glob(f"step_*{REPLACED}") if path.with_suffix("").exists()]
@@ -49,6 +79,28 @@ def tidy(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `last`, those of every `every`-th step, the best of those evaluated."""
+
+    last: int
+    every: int = 0
+    """0: none."""
+    best: bool = False
+    """By the `eval_loss` of their states."""
+
+    def of(self, checkpoints: Sequence[tuple[int, Path]]) -> set[Path]:
+        """Those of (step, path) that stay, given the newest first."""
+        kept = {path for _, path in checkpoints[: self.last]}
+        kept |= {path for step, path in checkpoints if self.every and step % self.every == 0}
+        losses = {}
+        for _, path in checkpoints if self.best else ():
+            with suppress(StorageError):
+                losses[path] = read_manifest(path).state.get("eval_loss")
+        evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+        return kept | ({min(evaluated, key=evaluated.__getitem__)} if evaluated else set())
 
 
 class Claim(NamedTuple):
@@ -72,33 +124,33 @@ class WrittenFile(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes `<directory>/step_XXXXXXXX` so that it is either complete or invisible, then keeps the newest `keep`.
+    """Writes `<directory>/step_XXXXXXXX` so that it is either complete or invisible, then removes what is not kept.
 
-    Rank 0 begins and shares out the work, ranks write into a temporary directory, and rank 0 finishes: it writes the
-    manifest last, renames the directory, points `latest` to it, and removes older checkpoints, and those of later
-    steps, whose course the run has left. Methods raise OSError where storage fails.
+    Rank 0 begins, ranks write into a temporary directory, and rank 0 finishes: it writes the manifest last, renames the
+    directory, points `latest` to it, and removes older checkpoints, and those of later steps, whose course the run has
+    left. Methods raise OSError where storage fails.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, keep: int) -> None:
-        """`manifest` says step and state, and nothing of files and tensors yet."""
-        self.target = directory / f"step_{manifest.step:08d}"
+    def __init__(self, directory: Path, manifest: Manifest, keep: Retention, passing: Passing = pass_by) -> None:
+        """`manifest` says step and state, and the tensors without their chunks."""
+        self.target = directory / step_name(manifest.step)
         self._temporary = _temporary_name(self.target)
         self._directory = directory
         self._manifest = manifest
         self._keep = keep
+        self._passing = passing
 
-    def begin(self, claimed: list[list[Claim]]) -> list[tuple[Path, list[str]]]:
-        """Make the temporary directory; returns it for each rank, with the tensors that the rank is to write there.
+    def begin(self, size: int) -> Path:
+        """Make the temporary directory for ranks to write `size` bytes into, and return it.
 
         Raises ValueError or TypeError for a state that is not finite JSON.
         """
-        entries = {claim.name: TensorEntry(claim.dtype, claim.shape, ()) for own in claimed for claim in own}
-        self._manifest = dataclasses.replace(self._manifest, tensors=entries)
         encode_manifest(self._manifest)
         self._directory.mkdir(parents=True, exist_ok=True)
         tidy(self._directory)
+        require_space(self._directory, size)
         self._temporary.mkdir()
-        return [(self._temporary, names) for names in share_out(claimed)]
+        return self._temporary
 
     def finish(self, wrote: list[WrittenFile | None]) -> list[None]:
         """Write the manifest, make the checkpoint visible, and remove those that are not to be kept."""
@@ -106,12 +158,11 @@ class CheckpointWriter:
         files = [file for file in wrote if file is not None]
         for name, chunk in [pair for file in files for pair in file.chunks]:
             chunks[name].append(chunk)
-        tensors = {
-            name: dataclasses.replace(entry, chunks=tuple(chunks[name]))
-            for name, entry in self._manifest.tensors.items()
-        }
-        manifest = dataclasses.replace(self._manifest, files={file.name: file.entry for file in files}, tensors=tensors)
+        tensors = {name: replace(entry, chunks=tuple(chunks[name])) for name, entry in self._manifest.tensors.items()}
+        manifest = replace(self._manifest, files={file.name: file.entry for file in files}, tensors=tensors)
+        self._passing("checkpoint.manifest")
         write_whole(self._temporary / MANIFEST_NAME, encode_manifest(manifest))
+        self._passing("checkpoint.rename")
         replaced = self.target.with_name(self.target.name + REPLACED)
         if self.target.exists():
             self.target.rename(replaced)
@@ -119,17 +170,26 @@ class CheckpointWriter:
         sync(self._directory)
         sync(self._directory.parent)
         write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
+        self._passing("checkpoint.prune")
         shutil.rmtree(replaced, ignore_errors=True)
         self._remove_others()
         return [None] * len(wrote)
 
     def _remove_others(self) -> None:
         found = step_directories(self._directory)
-        complete = [path for step, path in found if step <= self._manifest.step and (path / MANIFEST_NAME).is_file()]
+        complete = [pair for pair in found if pair[0] <= self._manifest.step and (pair[1] / MANIFEST_NAME).is_file()]
+        kept = self._keep.of(complete)
         for _, path in found:
-            if path not in complete[: self._keep]:
+            if path not in kept:
                 # Renamed first, so that a checkpoint that is half removed is invisible.
                 shutil.rmtree(path.rename(_temporary_name(path)), ignore_errors=True)
+
+
+def require_space(directory: Path, size: int) -> None:
+    """Raise OSError where a checkpoint of `size` bytes does not fit on the file system of `directory`."""
+    free = shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"a checkpoint takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
 
 
 def claims(parts: Mapping[str, TensorPart]) -> list[Claim]:
@@ -163,7 +223,7 @@ def share_out(claimed: Sequence[Sequence[Claim]]) -> list[list[str]]:
     return shares
 
 
-def write_parts(path: Path, parts: Mapping[str, TensorPart]) -> WrittenFile:
+def write_parts(path: Path, parts: Mapping[str, TensorPart], passing: Passing = pass_by) -> WrittenFile:
     """Stream parts of tensors into the safetensors file `path`, and make it durable."""
     # Widest numbers first: then each tensor starts at a multiple of its own item size.
     order = sorted(parts, key=lambda name: parts[name].values.dtype.itemsize, reverse=True)
@@ -175,7 +235,9 @@ def write_parts(path: Path, parts: Mapping[str, TensorPart]) -> WrittenFile:
             content = parts[name].values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(content)
             file.write(content)
+            passing("checkpoint.write")
         file.flush()
+        passing("checkpoint.fsync")
         os.fsync(file.fileno())
     chunks = [(name, Chunk(path.name, name, parts[name].box.offsets, parts[name].box.lengths)) for name in order]
     return WrittenFile(path.name, FileEntry(size, digest.hexdigest()), chunks)

@@ -121,12 +121,23 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the last step. The last step is always saved."""
     keep: int = field(default=2, metadata={"min": 1})
     """Newest checkpoints that stay on disk."""
+    keep_every: int = field(default=0, metadata={"min": 0})
+    """Checkpoints of every so many steps stay too; 0: none."""
+    keep_best: bool = False
+    """The checkpoint with the smallest validation loss stays too, of those saved at a step that was evaluated."""
+    asynchronous: bool = True
+    """Write beside training, from a copy in host memory; false: training waits, and no copy is made."""
+    max_failures: int = field(default=3, metadata={"min": 0})
+    """Saves in a row that may fail, a full disk say, before the run stops."""
     resume: str = "auto"
     """`auto` continues from the newest valid checkpoint, a step number from that one; `never` only starts anew."""
+    drop_moments: bool = False
+    """Where the optimizer is another than the checkpoint's, continue without the old one's state."""
     load: str | None = None
     """Whose weights a new run starts from: a checkpoint directory, or `hf:DIR` for a Hugging Face one."""
     verify: str = field(default="auto", metadata={"choices": ("auto", "full", "sizes", "off")})
-    """What is checked before loading: `full` hashes every file, `sizes` compares lengths; auto: full up to 50 GB."""
+    """What is checked before loading: `full` hashes every file, `sizes` compares lengths; auto: full up to 50 GB a
+    node, above the files that a node reads."""
 
 
 @dataclass(frozen=True)

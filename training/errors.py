@@ -41,3 +41,7 @@ class StorageError(RunError):
     """Files of the run cannot be read or written."""
 
     exit_code = 74
+
+
+class DamageError(StorageError):
+    """A file is not what was written."""

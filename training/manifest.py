@@ -5,14 +5,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data.files import sha256_of
-from training.errors import StorageError
+from training.errors import DamageError, StorageError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -29,8 +29,6 @@ DTYPES = {
     "BOOL": "bool",
 }
 """What the safetensors format calls the dtypes that a checkpoint can hold, and what torch calls them."""
-AUTO_HASHES_UP_TO = 50 * 10**9
-"""Bytes of a checkpoint up to which `auto` hashes every file."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of the checkpoint directory `path`.
 
-    Raises StorageError where it is missing, damaged, of another format, names files outside the directory, or describes
-    tensors that its chunks do not fill exactly.
+    Raises DamageError where it is missing, damaged, of another format, names files outside the directory, or describes
+    tensors that its chunks do not fill exactly; StorageError where it cannot be read.
     """
     file = path / MANIFEST_NAME
     try:
@@ -95,36 +93,50 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("its content does not match its own sha256")
         return _parse(document)
     except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+        raise _unreadable(file, error) from error
     except KeyError as error:
-        raise StorageError(f"{file}: not a valid manifest: {error} is missing") from error
+        raise DamageError(f"{file}: not a valid manifest: {error} is missing") from error
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise StorageError(f"{file}: not a valid manifest: {error}") from error
+        raise DamageError(f"{file}: not a valid manifest: {error}") from error
 
 
 def verify(path: Path, manifest: Manifest, mode: str) -> None:
     """Compare the files of the checkpoint directory `path` with its manifest.
 
-    `full` hashes every file, `sizes` compares lengths only, `off` looks at nothing, `auto` is `full` up to 50 GB and
-    `sizes` above. Raises StorageError, which names the file, what was expected and what was found.
+    `full` hashes every file, `sizes` compares lengths only, `off` looks at nothing. Raises DamageError, which names the
+    file, what was expected and what was found, and StorageError where one cannot be read.
     """
-    if mode == "off":
-        return
-    files = [(path / name, entry) for name, entry in manifest.files.items()]
-    for file, entry in files:
-        _check(file, "{} bytes", entry.size, lambda file: file.stat().st_size)
-    if mode == "full" or (mode == "auto" and sum(entry.size for _, entry in files) <= AUTO_HASHES_UP_TO):
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda entry: _check(entry[0], "sha256 {}", entry[1].sha256, sha256_of), files))
+    if mode != "off":
+        compare_sizes(path, manifest)
+    if mode == "full":
+        compare_hashes(path, manifest, manifest.files)
+
+
+def compare_sizes(path: Path, manifest: Manifest) -> None:
+    """Compare the lengths of files with the manifest. Raises as `verify` does."""
+    for name, entry in manifest.files.items():
+        _check(path / name, "{} bytes", entry.size, lambda file: file.stat().st_size)
+
+
+def compare_hashes(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compare what is in files with the manifest, several at once. Raises as `verify` does."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda name: _check(path / name, "sha256 {}", manifest.files[name].sha256, sha256_of), names))
 
 
 def _check(file: Path, wanted: str, expected: int | str, measure: Callable[[Path], int | str]) -> None:
     try:
         found = measure(file)
     except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+        raise _unreadable(file, error) from error
     if found != expected:
-        raise StorageError(f"{file}: expected {wanted.format(expected)}, found {found}")
+        raise DamageError(f"{file}: expected {wanted.format(expected)}, found {found}")
+
+
+def _unreadable(file: Path, error: OSError) -> StorageError:
+    """Damage where the file is missing; what a disk or network cannot read now it may read later."""
+    kind = DamageError if isinstance(error, FileNotFoundError) else StorageError
+    return kind(f"{file}: cannot be read: {error.strerror}")
 
 
 def _digest(document: dict[str, Any]) -> str:

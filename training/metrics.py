@@ -39,6 +39,8 @@ class StepMetrics:
     """Share of the device's peak arithmetic that the model used, 0 to 1; None where the peak is unknown."""
     memory_gb: float
     """Largest memory held so far, in GB of 1e9 bytes."""
+    checkpoint_stall_ms: float = 0.0
+    """Milliseconds that saving held training up since the last logged step."""
     loss_scale: float | None = None
     """What fp16 multiplied the loss by; None in other precisions."""
 

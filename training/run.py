@@ -15,6 +15,7 @@ from typing import NoReturn
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
 from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
+from training.faults import Faults
 from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.mirror import first_line
 from training.recorder import Recorder
@@ -54,13 +55,14 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
     with stopping as stop, process_group(timeout, logs=logs) as process:
         trainer = None
         try:
+            faults = Faults(process.rank, os.environ)
             standing = on_rank_zero(begin)
             if standing is not None:
                 if process.rank == 0:
                     print(standing)
                 return 0
             with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat:
-                trainer = Trainer(config, process, recorder, stop, heartbeat)
+                trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
 
                 def give_up(named: dict[int, str]) -> None:
                     failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")

@@ -30,6 +30,9 @@ KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
 
+ADVICE = {"optimizer.name": " (checkpoint.drop_moments=true goes on without the old one's state)"}
+"""What lets a run go on in spite of a difference."""
+
 State = Literal["running", "completed", "preempted", "failed"]
 Config = TypeVar("Config")
 
@@ -163,9 +166,12 @@ def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     Takes configurations as nested dictionaries (`dataclasses.asdict`, config.yaml). A key that `saved` lacks, because
     an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.
     """
-    before, now = (_identity(restore_config(values)) for values in (saved, current))
+    config = restore_config(current)
+    before, now = _identity(restore_config(saved)), _identity(config)
+    if config.checkpoint.drop_moments:
+        before["optimizer.name"] = now["optimizer.name"]
     return [
-        f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}"
+        f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}{ADVICE.get(key, '')}"
         for key in {**now, **before}
         if before.get(key) != now.get(key)
     ]

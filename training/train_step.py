@@ -17,6 +17,7 @@ from parallel.gradients import (
     sum_partial_gradients,
 )
 from parallel.mesh import ParallelMesh
+from training.faults import Faults, Passing, pass_by
 from training.precision import LossScale
 
 
@@ -102,6 +103,7 @@ class TrainStep:
         clip_grad: float,
         device: torch.device,
         loss_scale: LossScale | None = None,
+        faults: Faults | None = None,
     ) -> None:
         self.data_parallel = data_parallel
         self.optimizer = optimizer
@@ -110,6 +112,7 @@ class TrainStep:
         self.clip_grad = clip_grad
         self.device = device
         self.loss_scale = loss_scale
+        self.faults = faults or Faults()
         uncounted = set(map(id, data_parallel.uncounted))
         self._counted = [parameter for parameter in self.parameters if id(parameter) not in uncounted]
         self._partial = partial_parameters(data_parallel.model, mesh.tensor)
@@ -119,18 +122,25 @@ class TrainStep:
         self, step: int, micro_batches: Sequence[MicroBatch], learning_rate: float, *, stop: bool = False
     ) -> StepResult:
         """Start step `step` on this rank's micro-batches of the global batch; `stop` lets all ranks know of a wish."""
-        return self.update(step, self.accumulate(micro_batches), micro_batches, learning_rate, stop=stop)
+        accumulated = self.accumulate(micro_batches, self.faults.of_step(step))
+        return self.update(step, accumulated, micro_batches, learning_rate, stop=stop)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Accumulated:
+    def accumulate(self, micro_batches: Sequence[MicroBatch], passing: Passing = pass_by) -> Accumulated:
         """Leave in every parameter's `grad` the gradient of the mean loss over the global batch, not yet clipped."""
         batches = [batch_to_device(batch, self.device) for batch in micro_batches]
         tokens = count_tokens(batches, self.mesh)
 
+        spoilt = passing("forward")
+
         def mean(loss: torch.Tensor) -> torch.Tensor:
+            nonlocal spoilt
+            spoilt = passing("backward") or spoilt
             scaled = loss / tokens.to(loss.dtype)
             return scaled if self.loss_scale is None else scaled * self.loss_scale.scale
 
         losses = self.data_parallel.forward_backward(batches, mean)
+        if passing("grad_sync") or spoilt:
+            self._spoil()
         sum_partial_gradients(self._partial, self.mesh.tensor)
         if self.loss_scale is not None:
             scale_gradients(local_gradients(self.parameters), 1 / self.loss_scale.scale)
@@ -146,6 +156,8 @@ class TrainStep:
         stop: bool = False,
     ) -> StepResult:
         """Sum loss, squared gradient norm and wishes to stop over all ranks in one collective, clip, and move."""
+        if self.faults.at(step, "optimizer"):
+            self._spoil()
         # Tensor-parallel ranks feed the same samples.
         own_loss = accumulated.local_losses.sum() * (self.mesh.tp_rank == 0)
         totals = torch.stack([own_loss, square_sum(self._counted, self.mesh), own_loss.new_full((), float(stop))])
@@ -155,6 +167,10 @@ class TrainStep:
         self._move(loss, gradient_norm, learning_rate)
         numbers = StepNumbers(torch.stack([loss, gradient_norm, totals[2], scale]))
         return StepResult(step, numbers, accumulated.local_losses, micro_batches)
+
+    def _spoil(self) -> None:
+        for gradient in local_gradients(self.parameters):
+            gradient.fill_(torch.nan)
 
     def _move(self, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
         """Clip and step on the device; fused optimizers skip the step where `found_inf` is 1."""

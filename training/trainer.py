@@ -1,10 +1,9 @@
 """The trainer: builds what a run needs, takes up where it stood, and loops over steps."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,30 +17,33 @@ from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
-from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.gpt import build_meta_model
-from models.hugging_face import HuggingFaceError
-from models.hugging_face_weights import HuggingFaceWeights
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
-from parallel.sharding import logical_shapes, tensor_part
+from parallel.sharding import logical_shapes
+from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
-from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
+from training.checkpoint import choose_checkpoint, load_checkpoint
+from training.checkpoint_saver import CheckpointSaver, Ended
+from training.checkpoint_storage import Retention
 from training.config import RunConfig
-from training.errors import ConfigError, NonFiniteError
+from training.errors import ConfigError, NonFiniteError, StorageError
+from training.faults import Faults
 from training.garbage import collection_every
 from training.hardware import model_flops_utilization
 from training.heartbeat import Heartbeat
+from training.manifest import Manifest
 from training.metrics import StepMetrics
-from training.optimizer import build_optimizer, copy_to_twins, training_tensors
+from training.optimizer import build_optimizer, copy_to_twins, files_needed, training_tensors
 from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
 from training.run_directory import LOGS, difference
 from training.samples import describe_non_finite, gather_samples
 from training.schedule import learning_rate
+from training.starting_weights import load_weights
 from training.stop import StopRequest
 from training.timing import StepTimer, peak_memory_gb
 from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
@@ -57,12 +59,17 @@ class Trainer:
         recorder: Recorder | None,
         stop: StopRequest,
         heartbeat: Heartbeat,
+        faults: Faults,
     ) -> None:
         """Collective. Builds or restores everything; `recorder` is there on rank 0 alone."""
-        self.heartbeat = heartbeat
+        self.heartbeat, self.faults = heartbeat, faults
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.saved_step = 0
+        self.failed_saves = 0
+        self.save_error: StorageError | None = None
+        self.stalled = 0.0
+        self.evaluated_step, self.eval_loss = -1, math.nan
         self.skipped_step = 0
         self.consumed_samples = 0
         self.batches = config.batches
@@ -71,12 +78,22 @@ class Trainer:
         self.splits = self._open_data()
         self.data_parallel = assemble(config, self.mesh, process.device)
         if config.parallel.pp > 1:
-            self.data_parallel.observer = lambda action: heartbeat.during(str(action))  # type: ignore[attr-defined]
+            self.data_parallel.observer = self._observe  # type: ignore[attr-defined]
         self.shapes = logical_shapes(build_meta_model(config.model, torch.float32))
         self.parameter_count = config.model.parameter_count()
         self._restore_or_initialize()
+        saving = config.checkpoint
+        keep = Retention(saving.keep, saving.keep_every, saving.keep_best)
+        self.saver = CheckpointSaver(Path(config.run_dir), keep, asynchronous=saving.asynchronous, faults=faults)
+        self.saver.require_space(training_tensors(self.parameters, self.optimizer, self.shapes))
         self.train_step = TrainStep(
-            self.data_parallel, self.optimizer, self.mesh, config.optimizer.clip_grad, self.device, self.loss_scale
+            self.data_parallel,
+            self.optimizer,
+            self.mesh,
+            config.optimizer.clip_grad,
+            self.device,
+            self.loss_scale,
+            faults,
         )
         self.timer = StepTimer()
         self.logged_step, self.logged_samples = self.step, self.consumed_samples
@@ -106,6 +123,7 @@ class Trainer:
             with self.timer.step():
                 self.heartbeat.step = self.step + 1
                 with self.timer.waiting_for_data(), self.heartbeat.during("reading data"):
+                    self.faults.at(self.step + 1, "data")
                     micro_batches = reader.read(self.consumed_samples)
                 result = self._take_step(micro_batches, first=self.step == first_step)
                 # The device is busy with this step while the host looks at the one before.
@@ -117,6 +135,7 @@ class Trainer:
                 collect_garbage(self.step + 1)
             self.step += 1
             profiler.end(self.step)
+            self._conclude(self.saver.ended())
             self.consumed_samples += self.batches.size_at(self.consumed_samples)
             self._report(result)
             self.evaluation_due = self._is_due(config.train.eval_interval)
@@ -156,6 +175,11 @@ class Trainer:
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
 
+    def _observe(self, action: Action) -> AbstractContextManager[None]:
+        if action.kind != "F":
+            self.faults.at(self.step + 1, "backward")
+        return self.heartbeat.during(str(action))
+
     @contextmanager
     def _timeline(self) -> Iterator[None]:
         from training.timeline import draw_step, recorded  # of pipelines, which take a second to import
@@ -181,8 +205,12 @@ class Trainer:
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps and not self.evaluation_due
+        self._conclude(self.saver.ended(wait=True))
         if self.step > first_step and self.saved_step != self.step:
             self._save()
+            self._conclude(self.saver.ended(wait=True))
+            if self.saved_step != self.step and self.save_error is not None:
+                raise self.save_error
         validation = self.splits.validation
         if completed and self.recorder:
             vocabulary = self.config.model.vocabulary
@@ -222,7 +250,16 @@ class Trainer:
         """Give the model and optimizer their values: of the run's checkpoint, of `checkpoint.load`, or initial ones."""
         config, model = self.config, self.data_parallel.model
         run_dir, resume = Path(config.run_dir), config.checkpoint.resume
-        chosen = None if resume == "never" else choose_checkpoint(run_dir, resume, config.checkpoint.verify)
+        chosen = None
+        if resume != "never":
+            parameters = dict(model.named_parameters())
+            chosen = choose_checkpoint(
+                run_dir,
+                resume,
+                config.checkpoint.verify,
+                lambda manifest: files_needed(manifest, parameters, self.shapes),
+                owned=True,
+            )
         if chosen is not None:
             model.to_empty(device=self.device)
         else:
@@ -231,59 +268,36 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.optimizer, self.shapes)
         self.loss_scale = build_loss_scale(config.train, self.device)
         if chosen is not None:
-            path, manifest = chosen
-            self._check_same_run(path, manifest.state)
-            if not any(name.startswith("optimizer.") for name in manifest.tensors):
-                raise ConfigError(
-                    f"{path} holds weights without an optimizer's state, so there is no run to continue; start one of "
-                    f"another name with checkpoint.load={path}"
-                )
-            load_checkpoint(path, manifest, training_tensors(self.parameters, self.optimizer, self.shapes))
-            self.step = self.saved_step = manifest.step
-            self.consumed_samples = manifest.state["consumed_samples"]
-            if self.loss_scale and manifest.state.get("loss_scale"):
-                self.loss_scale.restore(manifest.state["loss_scale"])
-            # A run that was stopped before or in an evaluation makes up for it.
-            pending = manifest.state.get("evaluation_due", False)
-            self.evaluation_due = pending and self._is_due(config.train.eval_interval)
-            self._note(f"resumed from {path}")
+            self._resume(*chosen)
         elif config.checkpoint.load is not None:
-            self._load_weights(config.checkpoint.load)
+            load_weights(config.checkpoint.load, self.parameters, self.shapes, config)
+            self._note(f"weights from {config.checkpoint.load}")
         copy_to_twins(model, self.parameters, self.optimizer)
         if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
             self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
 
-    def _load_weights(self, load: str) -> None:
-        """Take the weights of another run's checkpoint, or of a Hugging Face directory. Raises ConfigError where they
-        are of another model."""
-        if load.startswith(HUGGING_FACE_PREFIX):
-            self._load_hugging_face(load)
-            return
-        path = Path(load)
-        manifest = on_rank_zero(lambda: read_manifest(path))
-        on_rank_zero(lambda: verify(path, manifest, self.config.checkpoint.verify))
-        differences = difference(manifest.state["config"], asdict(self.config))
-        of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
-        if of_model:
-            raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
-        weights = {f"model.{name}": tensor_part(value, self.shapes[name]) for name, value in self.parameters.items()}
-        load_checkpoint(path, manifest, weights)
-        self._note(f"weights from {path}")
-
-    def _load_hugging_face(self, load: str) -> None:
-        def opened() -> HuggingFaceWeights:
-            return HuggingFaceWeights(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))), self.shapes)
-
-        def check() -> None:
-            try:
-                opened()
-            except HuggingFaceError as error:
-                raise ConfigError(f"checkpoint.load={load}: {error}") from error
-
-        # Rank 0 first: what is wrong with the files is then said once, by all ranks alike.
-        on_rank_zero(check)
-        opened().copy_to(self.parameters)
-        self._note(f"weights from {load}")
+    def _resume(self, path: Path, manifest: Manifest) -> None:
+        """Go on from a checkpoint. Raises ConfigError where it is of another run."""
+        self._check_same_run(path, manifest.state)
+        if not any(name.startswith("optimizer.") for name in manifest.tensors):
+            raise ConfigError(
+                f"{path} holds weights without an optimizer's state, so there is no run to continue; start one of "
+                f"another name with checkpoint.load={path}"
+            )
+        tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
+        before, now = manifest.state["config"]["optimizer"]["name"], self.config.optimizer.name
+        if before != now:
+            tensors = {name: part for name, part in tensors.items() if name.startswith("model.")}
+            self._note(f"the state of {before} is dropped, as checkpoint.drop_moments asks: {now} begins with none")
+        load_checkpoint(path, manifest, tensors)
+        self.step = self.saved_step = manifest.step
+        self.consumed_samples = manifest.state["consumed_samples"]
+        if self.loss_scale and manifest.state.get("loss_scale"):
+            self.loss_scale.restore(manifest.state["loss_scale"])
+        # A run that was stopped before or in an evaluation makes up for it.
+        pending = manifest.state.get("evaluation_due", False)
+        self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
+        self._note(f"resumed from {path}")
 
     def _init_device(self) -> torch.device:
         kind = self.config.train.init_device or self.device.type
@@ -308,10 +322,13 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        began = time.perf_counter()
+        self._conclude(self.saver.ended(wait=True))
         state = {
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
             "evaluation_due": self.evaluation_due,
+            "eval_loss": self.eval_loss if self.evaluated_step == self.step and math.isfinite(self.eval_loss) else None,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
@@ -319,10 +336,28 @@ class Trainer:
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
         with self.heartbeat.during("saving a checkpoint"):
-            save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
-        self.saved_step = self.step
-        if self.recorder:
-            self.recorder.running(self.step)
+            self.saver.save(self.step, tensors, state)
+        self._conclude(self.saver.ended())
+        self.stalled += time.perf_counter() - began
+
+    def _conclude(self, ended: Ended | None) -> None:
+        """Take note of a save that is over. One that failed is counted, and too many of them in a row end the run."""
+        if ended is None:
+            return
+        if ended.error is None:
+            self.saved_step, self.failed_saves = ended.step, 0
+            if self.recorder:
+                self.recorder.running(ended.step)
+            return
+        if not isinstance(ended.error, StorageError):
+            raise ended.error
+        self.failed_saves += 1
+        most = self.config.checkpoint.max_failures
+        fate = f"training goes on (failure {self.failed_saves} in a row; {most} are borne)"
+        self._note(f"step {ended.step} is not saved, {fate}: {ended.error}")
+        if self.failed_saves > most:
+            self.stop.ask(f"{self.failed_saves} checkpoints in a row that failed")
+        self.save_error = ended.error
 
     def _check(self, result: StepResult | None) -> None:
         """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike.
@@ -347,6 +382,7 @@ class Trainer:
 
     def _report(self, result: StepResult) -> None:
         config = self.config
+        self.faults.at(self.step, "log")
         if config.log.sample_ids:
             fed = gather_samples(result.micro_batches, self.mesh)
             if self.recorder and fed:
@@ -376,8 +412,10 @@ class Trainer:
                 mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),
                 memory_gb=peak_memory_gb(self.device),
                 loss_scale=result.numbers.loss_scale(),
+                checkpoint_stall_ms=1000 * self.stalled,
             )
         )
+        self.stalled = 0.0
 
     def _evaluate(self) -> bool:
         with self.heartbeat.during("evaluation"):
@@ -411,9 +449,10 @@ class Trainer:
             numbers = StepNumbers(totals)
         else:
             self.evaluation_due = False
+            total_loss, total_tokens = numbers.read()
+            self.evaluated_step, self.eval_loss = self.step, total_loss / total_tokens
             if self.recorder:
-                total_loss, total_tokens = numbers.read()
-                self.recorder.evaluation(self.step, total_loss / total_tokens)
+                self.recorder.evaluation(self.step, self.eval_loss)
         self.data_parallel.reshard()
         reader.close()
         return numbers.stop_requested()

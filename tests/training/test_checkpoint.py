@@ -20,9 +20,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from parallel.local_ranks import RankError, run_ranks
 from training import checkpoint_storage
-from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest, save_checkpoint, verify
+from training.checkpoint import choose_checkpoint, load_checkpoint
+from training.checkpoint_saver import save_checkpoint
 from training.checkpoint_storage import step_directories
 from training.errors import StorageError
+from training.manifest import read_manifest, verify
 
 # name -> (world size, mesh shape, mesh dimensions); rows are sharded over dp_shard and tp, in uneven parts.
 LAYOUTS = {
@@ -333,11 +335,11 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(tmp_path, one_
     damage(_save(tmp_path, 20))
     assert choose_checkpoint(tmp_path, "auto", "auto")[1].step == 10
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("checkpoint step_00000020 is invalid: ")
+    assert line.startswith("checkpoint step_00000020 is damaged and passed over: ")
     with pytest.raises(StorageError, match=DAMAGES[damage]):
         choose_checkpoint(tmp_path, "20", "auto")
     damage(tmp_path / "checkpoints" / "step_00000010")
-    with pytest.raises(StorageError, match=r"no valid checkpoint .* 20, 10") as caught:
+    with pytest.raises(StorageError, match=r"no valid checkpoint .* step_00000020, step_00000010") as caught:
         choose_checkpoint(tmp_path, "auto", "auto")
     assert caught.value.exit_code == 74
 

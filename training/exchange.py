@@ -1,0 +1,57 @@
+"""Work that all ranks share with rank 0, and whose failure on one rank is the same error on all."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from training.errors import StorageError
+
+Found = TypeVar("Found")
+Answer = TypeVar("Answer")
+
+
+def exchange(
+    action: Callable[[], Found],
+    conclude: Callable[[list[Found]], list[Answer]],
+    doing: str,
+    group: dist.ProcessGroup | None = None,
+) -> Answer:
+    """Every rank acts, and rank 0 concludes from what all found what each of them gets back.
+
+    Collective over `group`, of all ranks; None: the default one. Raises StorageError, of the kind that was raised, on
+    every rank where storage fails on any; RuntimeError where anything else does. `doing` begins its message.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    outcomes: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(_attempt(action, doing), outcomes, group=group)
+    answers = None
+    if outcomes is not None:
+        # Storage first: a user can mend that.
+        failures = sorted((error for _, error in outcomes if error), key=lambda error: isinstance(error, RuntimeError))
+        if not failures:
+            concluded, failure = _attempt(lambda: conclude([found for found, _ in outcomes]), doing)
+            failures = [failure] if failure else []
+        answers = [(None, failures[0])] * size if failures else [(each, None) for each in concluded or ()]
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, answers, group=group)
+    answer, failure = received[0]
+    if failure is not None:
+        raise failure
+    return cast(Answer, answer)
+
+
+def to_all(answer: Callable[[list[Found]], Answer]) -> Callable[[list[Found]], list[Answer]]:
+    """A conclusion that is the same for every rank."""
+    return lambda found: [answer(found)] * len(found)
+
+
+def _attempt(action: Callable[[], Found], doing: str) -> tuple[Found | None, Exception | None]:
+    """The action's result, or an error for all ranks to raise."""
+    try:
+        return action(), None
+    except (OSError, StorageError) as error:
+        kind = type(error) if isinstance(error, StorageError) else StorageError
+        return None, kind(f"{doing}: rank {dist.get_rank()}: {error}")
+    except Exception as error:
+        return None, RuntimeError(f"{doing}: rank {dist.get_rank()}: {error!r}")

@@ -1,0 +1,58 @@
+"""What `checkpoint.load` gives a new run: weights alone, of another run's checkpoint or of a Hugging Face directory."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.families import HUGGING_FACE_PREFIX, open_directory
+from models.hugging_face import HuggingFaceError
+from models.hugging_face_weights import HuggingFaceWeights
+from parallel.process_group import on_rank_zero
+from parallel.sharding import tensor_part
+from training.checkpoint import load_checkpoint, verify_together
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.manifest import read_manifest
+from training.optimizer import files_needed
+from training.run_directory import difference
+
+
+def load_weights(
+    load: str, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size], config: RunConfig
+) -> None:
+    """Fill the parameters, of whole `shapes`, from where `load` says. Collective.
+
+    Raises ConfigError where the weights are of another model, StorageError where they are damaged or unreadable.
+    """
+    if load.startswith(HUGGING_FACE_PREFIX):
+        _load_hugging_face(load, parameters, shapes)
+        return
+    path = Path(load)
+    manifest = on_rank_zero(lambda: read_manifest(path))
+    verify_together(path, manifest, config.checkpoint.verify, lambda it: files_needed(it, parameters, shapes))
+    differences = difference(manifest.state["config"], asdict(config))
+    of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
+    if of_model:
+        raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
+    load_checkpoint(
+        path, manifest, {f"model.{name}": tensor_part(value, shapes[name]) for name, value in parameters.items()}
+    )
+
+
+def _load_hugging_face(load: str, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:
+    def opened() -> HuggingFaceWeights:
+        return HuggingFaceWeights(open_directory(Path(load.removeprefix(HUGGING_FACE_PREFIX))), shapes)
+
+    def check() -> None:
+        try:
+            opened()
+        except HuggingFaceError as error:
+            raise ConfigError(f"checkpoint.load={load}: {error}") from error
+
+    # Rank 0 first: what is wrong with the files is then said once, by all ranks alike.
+    on_rank_zero(check)
+    opened().copy_to(parameters)
