@@ -79,27 +79,27 @@ def bubble(spans: Sequence[Span], ranks: int) -> float:
     return ranks * (end - begin) / busy - 1
 
 
-def ideal_bubble(schedule: str, ranks: int, a_rank: int, micro_batches: int) -> float:
-    """The same in theory, for stages of equal cost whose backward pass is twice a forward one.
+def ideal_bubble(schedule: str, ranks: int, a_rank: int, micro_batches: int) -> float | None:
+    """The same in theory, for stages of equal cost whose backward pass is twice a forward one; None: without a formula.
 
     (p - 1) / m of gpipe and 1f1b and, with v stages a rank, (p - 1) / (v m) of interleaved (arXiv:2104.04473); a third
     of it where gradients of weights fill in (ZB-H1, arXiv:2401.10241); a sixth, the wait for the first micro-batch, of
-    V shapes once there are two micro-batches a rank. The third that V shapes take with fewer is no theory, but what was
-    seen.
+    V shapes once there are two micro-batches a rank.
     """
+    if schedule in V_SHAPED and micro_batches < 2 * ranks:
+        return None
     share = 1.0 if schedule in ("gpipe", "1f1b") else 1 / a_rank if schedule == "interleaved" else 1 / (3 * a_rank)
-    if schedule in V_SHAPED:
-        share = 1 / 6 if micro_batches >= 2 * ranks else 1 / 3
     return share * (ranks - 1) / micro_batches
 
 
 def peak_in_flight(spans: Sequence[Span], rank: int) -> int:
-    """The most micro-batches whose activations a rank keeps at once for a stage: forward done, input gradient not."""
+    """The most micro-batches whose activations a rank keeps at once, over its stages: each until the last gradient is
+    taken of it."""
     held: dict[int, int] = {}
     most = 0
     for span in sorted((span for span in spans if span.rank == rank), key=lambda span: span.start):
         kind, stage, _ = span.action
-        held[stage] = held.get(stage, 0) + {"F": 1, "B": -1, "I": -1, "W": 0}[kind]
+        held[stage] = held.get(stage, 0) + {"F": 1, "B": -1, "I": 0, "W": -1}[kind]
         most = max(most, sum(held.values()))
     return most
 
@@ -111,8 +111,9 @@ def most_in_flight(schedule: str, ranks: int, rank: int, a_rank: int, micro_batc
     if schedule in V_SHAPED:
         return min(2 * ranks + (schedule == "dualpipev"), 2 * micro_batches)
     if a_rank == 1:
-        return min(ranks - rank, micro_batches)
-    return min((a_rank - 1) * ranks + 2 * (ranks - rank - 1) + 1, a_rank * micro_batches)
+        return min(ranks if schedule == "zb" else ranks - rank, micro_batches)
+    a_round = micro_batches // (micro_batches // ranks)
+    return min((a_rank - 1) * a_round + 2 * (ranks - rank - 1) + 1, a_rank * micro_batches)
 
 
 def as_text(spans: Sequence[Span], ranks: int, stages: int) -> str:

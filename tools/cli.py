@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "layouts": "list the ways to divide a model over ranks",
         "timeline": "draw what pipeline ranks do when, and how long they idle",
         "parity": "hold a layout against one process, scaled down to this machine",
+        "checkpoint": "list, show and verify the checkpoints of a run",
         "import": "make a run directory of a Hugging Face model",
         "export": "write a run's model as a Hugging Face directory",
         "launch": "write, show and submit a batch script for SLURM",

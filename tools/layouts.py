@@ -11,8 +11,9 @@ from data.errors import DataPathError, TokenizerError
 from data.vocabulary import find_vocabulary
 from parallel.config import ParallelConfig
 from parallel.stages import build_stages, stages_of_rank
+from training.advice import divisors
 from training.batch_schedule import either
-from training.checks import check_ranges, divisors
+from training.checks import check_ranges
 from training.compose import compose, resolve
 from training.config import RunConfig
 from training.errors import ConfigError

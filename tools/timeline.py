@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="+",
         metavar="KEY=VALUE",
-        help="parallel.pp=4 parallel.pp_schedule=zbv, as for pretrain_gpt.py",
+        help="as for pretrain_gpt.py; parallel.pp, pp_schedule and virtual_stages count here, nothing else does",
     )
     parser.add_argument("--microbatches", type=int, help="micro-batches a step; default: two a rank")
     parser.add_argument(
@@ -31,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the timeline and writes its picture. Raises ConfigError."""
-    config = small_run(compose(arguments.overrides), arguments.microbatches)
+    if arguments.output.suffix != ".png":
+        raise ConfigError(f"--output {arguments.output}: a picture is PNG; try {arguments.output.with_suffix('.png')}")
+    try:
+        config = small_run(compose(arguments.overrides), arguments.microbatches)
+    except ConfigError as error:
+        # What the batch is in a run, micro-batches are here.
+        raise ConfigError(str(error).replace("train.global_batch_size=", "--microbatches ")) from error
     layout, micro_batches = config.parallel, config.accumulation_steps
 
     # Only now, so that a configuration is refused before torch takes its seconds to load.
@@ -41,14 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     orders = run_ranks(layout.pp, executed_order, config)
     spans = simulate(orders, layout.stages)
     idle = bubble(spans, layout.pp)
-    theory = ideal_bubble(layout.pp_schedule, layout.pp, layout.stages_a_rank, micro_batches)
+    ideal = ideal_bubble(layout.pp_schedule, layout.pp, layout.stages_a_rank, micro_batches)
+    theory = "no formula below two micro-batches a rank" if ideal is None else f"in theory {ideal:.1%}"
     each = layout.pp_schedule, layout.pp
     kept = [peak_in_flight(spans, rank) for rank in range(layout.pp)]
     bounds = [most_in_flight(*each, rank, layout.stages_a_rank, micro_batches) for rank in range(layout.pp)]
     title = f"{layout.pp_schedule}, {layout.pp} ranks, {layout.stages} stages, {micro_batches} micro-batches"
     print(as_text(spans, layout.pp, layout.stages))
-    print(f"{title}, stages of equal cost, a backward pass as long as two forward passes")
-    print(f"idle        {idle:.1%} of the time that ranks work; in theory {theory:.1%}")
+    print("F forward, B backward, I and W its gradients of inputs and of weights; small letters: a rank's other stage")
+    print(f"{title}; stages cost alike, whatever the model, and a backward pass takes as long as two forward passes")
+    print(f"idle        {idle:.1%} of the time that ranks work; {theory}")
     print(f"in flight   {kept} micro-batches of a stage kept at most, by rank; the schedule promises {bounds}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_bytes(draw_timeline(spans, layout.pp, f"{title}: idle {idle:.1%}", "forward passes"))

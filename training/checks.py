@@ -11,6 +11,8 @@ from typing import Any
 
 from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity
+from parallel.stages import takes
+from training.advice import divisors, multiples_near, near_divisors, nearest
 from training.config import RunConfig
 from training.parameter_groups import parse_group
 from training.pipeline_checks import (
@@ -90,10 +92,10 @@ def check_heads(config: RunConfig) -> Iterator[str]:
     model = config.model
     heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
     if model.head_dim is None and hidden % heads:
-        near = _near_divisors(heads, hidden)
+        near = near_divisors(heads, hidden)
         yield f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; try {near}"
     if heads % groups:
-        near = _near_divisors(groups, heads)
+        near = near_divisors(groups, heads)
         yield f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}; try {near}"
 
 
@@ -104,10 +106,10 @@ def check_rotary(config: RunConfig) -> Iterator[str]:
     if model.position_embedding != "rope" or size % 2 == 0:
         return
     if model.head_dim is not None:
-        yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {_multiples_near(size, 2)}"
+        yield f"model.head_dim={size} is odd, but rope turns pairs of channels; try {multiples_near(size, 2)}"
     elif hidden % heads == 0:
         even = [number for number in divisors(hidden) if hidden // number % 2 == 0]
-        advice = f"try model.num_attention_heads={_nearest(heads, even)}" if even else "set model.head_dim"
+        advice = f"try model.num_attention_heads={nearest(heads, even)}" if even else "set model.head_dim"
         yield (
             f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives heads of odd width {size}, "
             f"but rope turns pairs of channels; {advice}"
@@ -165,7 +167,7 @@ def check_world(config: RunConfig) -> Iterator[str]:
     else:
         rules = [f"{' * '.join(fixed)} = {product} must {'divide' if remains else 'equal'} {world}"]
         rules += [f"{key} may be {choices}" for key, choices in legal.items() if choices]
-    rules.append(f"world_size={_multiples_near(world, product) if remains else product} fits")
+    rules.append(f"world_size={multiples_near(world, product) if remains else product} fits")
     yield f"world_size={world} with {stated}: {'; '.join(rules)}"
 
 
@@ -203,7 +205,7 @@ def _near_tensor_sizes(config: RunConfig) -> str:
     legal = [tp for tp in divisors(config.model.num_attention_heads) if not _cut_unequally(config, tp)]
     beside = layout.pp * layout.dp_replicate * layout.cp
     fitting = [tp for tp in legal if (config.world_size or 0) % (tp * beside) == 0]
-    return f"parallel.tp={_nearest(layout.tp, fitting or legal)}"
+    return f"parallel.tp={nearest(layout.tp, fitting or legal)}"
 
 
 def check_tensor_heads(config: RunConfig) -> Iterator[str]:
@@ -225,7 +227,7 @@ def check_tensor_groups(config: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.tp={tp} and model.num_query_groups={groups}: one must divide the other, so that a rank has "
             f"whole key/value heads or shares one; try {_near_tensor_sizes(config)}, "
-            f"or model.num_query_groups={_nearest(groups, legal)}"
+            f"or model.num_query_groups={nearest(groups, legal)}"
         )
 
 
@@ -236,7 +238,7 @@ def check_tensor_ffn(config: RunConfig) -> Iterator[str]:
         derived = "" if config.model.ffn_hidden_size is not None else " (derived, as it is null)"
         yield (
             f"parallel.tp={tp} does not divide model.ffn_hidden_size={width}{derived}, which its ranks share equally; "
-            f"try {_near_tensor_sizes(config)}, or model.ffn_hidden_size={_multiples_near(width, tp)}"
+            f"try {_near_tensor_sizes(config)}, or model.ffn_hidden_size={multiples_near(width, tp)}"
         )
 
 
@@ -245,7 +247,7 @@ def check_tensor_sequence(config: RunConfig) -> Iterator[str]:
     tp, length, model = config.parallel.tp, config.seq_length, config.model
     if config.parallel.sequence_parallel and "sequence" in _cut_unequally(config, tp):
         limit = model.max_position_embeddings if model.position_embedding == "learned" else math.inf
-        near = _multiples_near(length, tp, limit)
+        near = multiples_near(length, tp, limit)
         yield (
             f"parallel.tp={tp} does not divide data.seq_length={length}, but sequence parallelism gives every rank an "
             f"equal part; try {f'data.seq_length={near}, or ' if near else ''}parallel.sequence=false"
@@ -261,14 +263,21 @@ def check_batch(config: RunConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"{stated}{error}"
         return
-    unit = ranks * (micro or 1)
+    layout, unit = config.parallel, ranks * (micro or 1)
+
+    def fits(count: int) -> bool:
+        return layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count)
+
     why = f"{ranks} data-parallel ranks" + (f" * train.micro_batch_size={micro}" if micro else "")
     for size in sizes if ranks >= 1 else []:
         if size % unit == 0:
             continue
-        advice = (stated if schedule is None else "") + _multiples_near(size, unit)
+        legal = [count * unit for count in range(1, size // unit + 4 * layout.pp + 2) if fits(count)]
+        advice = (stated if schedule is None else "") + nearest(size, legal)
         if micro and not any(each % ranks for each in sizes):
-            advice += f", or train.micro_batch_size={_near_divisors(micro, math.gcd(*sizes) // ranks)}"
+            cuts = divisors(math.gcd(*sizes) // ranks)
+            cuts = [cut for cut in cuts if all(fits(each // (ranks * cut)) for each in sizes)]
+            advice += f", or train.micro_batch_size={nearest(micro, cuts)}" if cuts else ""
         yield f"{stated}{size} is not divisible by {why}; try {advice}"
 
 
@@ -409,25 +418,3 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
 def check_relations(config: RunConfig) -> Iterator[str]:
     """What every rule of RELATIONS finds."""
     return chain.from_iterable(rule(config) for rule in RELATIONS)
-
-
-def divisors(number: int) -> list[int]:
-    """All of them, smallest first."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})
-
-
-def _nearest(wanted: int, legal: list[int]) -> str:
-    """The nearest legal values on both sides of `wanted`, as advice."""
-    below = [value for value in legal if value <= wanted][-1:]
-    above = [value for value in legal if value > wanted][:1]
-    return " or ".join(map(str, below + above))
-
-
-def _near_divisors(wanted: int, number: int) -> str:
-    return _nearest(wanted, divisors(number))
-
-
-def _multiples_near(number: int, unit: int, limit: float = math.inf) -> str:
-    below = number // unit * unit
-    return _nearest(number, [multiple for multiple in (below, below + unit) if 0 < multiple <= limit])

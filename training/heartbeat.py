@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -15,11 +16,14 @@ SIZE = 256
 """Bytes of a file, which is written over: a beat must cost nothing."""
 NEARLY = 0.8
 SECONDS_TO_DIE = 0.5
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_PULSES = 1.0
+SECONDS_OF_SILENCE = 10.0
+"""Without a pulse a process is stopped, or its host is gone."""
 
 
 class Heartbeat:
-    """This rank's file. A rank that waits for others does nothing; one that does something holds them up.
+    """This rank's file. A rank that waits for others does nothing; one that does something, or has no pulse, holds them
+    up. The pulse is the file's time of change, which a thread renews.
 
     Args:
         logs: the folder of the run under which ranks put their files.
@@ -56,6 +60,11 @@ class Heartbeat:
         with suppress(OSError):  # of no use to the run itself
             os.pwrite(self._file.fileno(), text[:SIZE].ljust(SIZE).encode(), 0)
 
+    def pulse(self) -> None:
+        """Says that this process runs."""
+        with suppress(OSError):
+            os.utime(self._file.fileno())
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Takes the file away: who left it there has not come to its end."""
         self._file.close()
@@ -65,17 +74,18 @@ class Heartbeat:
 
 @contextmanager
 def giving_up(heartbeat: Heartbeat, give_up: Callable[[dict[int, str]], None]) -> Iterator[None]:
-    """Calls `give_up`, in a thread of its own, where this rank has waited longer than its patience for others that
-    `culprits` can name.
+    """Keeps up the pulse in a thread of its own, and calls `give_up` in it where this rank has waited longer than its
+    patience for others that `culprits` can name.
 
     For backends that end the process rather than raise an error, such as NCCL: who is named was named before.
     """
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+        while not ended.wait(SECONDS_BETWEEN_PULSES):
+            heartbeat.pulse()
             since = heartbeat.waiting_since
-            if since is None or time.time() - since < heartbeat.patience + SECONDS_BETWEEN_LOOKS:
+            if since is None or time.time() - since < heartbeat.patience + SECONDS_BETWEEN_PULSES:
                 continue
             named = culprits(heartbeat.logs, heartbeat.patience)
             if named and heartbeat.waiting_since == since and not ended.is_set():
@@ -92,8 +102,8 @@ def giving_up(heartbeat: Heartbeat, give_up: Callable[[dict[int, str]], None]) -
 def culprits(logs: Path, timeout: float) -> dict[int, str]:
     """Which ranks hold the others up, and what they were doing, in words; empty where nobody knows.
 
-    They are those of this host that are gone, or else those that do what one of them has been doing for longer than the
-    rest, and for nearly `timeout` seconds; unless that is all of them.
+    They are those of this host that are gone, or else those without a pulse, or else those that do what one of them has
+    been doing for longer than the rest, and for nearly `timeout` seconds; unless that is all of them.
     """
     now = time.time()
     while True:
@@ -104,10 +114,13 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
         if gone or time.time() > now + SECONDS_TO_DIE:
             break
         time.sleep(SECONDS_TO_DIE / 10)
+    silence = min(SECONDS_OF_SILENCE, NEARLY * timeout)
+    present = _time_of_files(logs)
+    stopped = [rank for rank, beat in beats.items() if present - beat["pulse"] > silence]
     busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
     slowest = min(busy, key=lambda rank: float(beats[rank]["since"]), default=None)
     alike = [rank for rank in busy if slowest is not None and _work(beats[rank]) == _work(beats[slowest])]
-    named = gone or (alike if len(alike) < len(beats) or len(beats) == 1 else [])
+    named = gone or stopped or (alike if len(alike) < len(beats) or len(beats) == 1 else [])
     return {
         rank: f"rank {rank} {'is gone' if rank in gone else 'does not answer'}: step {beats[rank]['step']}, "
         f"{beats[rank]['doing'] or 'waiting for others'}, {now - beats[rank]['since']:.0f} s ago"
@@ -119,8 +132,20 @@ def _beats(logs: Path) -> dict[int, dict[str, Any]]:
     beats = {}
     for path in (logs / FOLDER).glob("rank_*.json"):
         with suppress(OSError, ValueError):
-            beats[int(path.stem[5:])] = json.loads(path.read_text(encoding="utf-8"))
+            beat = json.loads(path.read_text(encoding="utf-8"))
+            beats[int(path.stem[5:])] = beat | {"pulse": path.stat().st_mtime}
     return beats
+
+
+def _time_of_files(logs: Path) -> float:
+    """What a file that changes now would have as its time: of a clock that hosts share."""
+    probe = logs / FOLDER / f"now_{secrets.token_hex(4)}"
+    with suppress(OSError):
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
+    return time.time()
 
 
 def _work(beat: dict[str, Any]) -> tuple[int, str]:

@@ -3,23 +3,38 @@
 from collections.abc import Iterator
 
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
+from training.advice import divisors
 from training.config import RunConfig
 
 
+def pipeline_sizes(config: RunConfig) -> list[int]:
+    """The sizes of parallel.pp above 1 that it could have in place of data parallelism."""
+    return [size for size in divisors(config.parallel.pp * max(config.parallel.dp_shard, 1)) if size > 1]
+
+
 def check_pipeline_settings(config: RunConfig) -> Iterator[str]:
-    """What describes stages comes with several of them."""
-    layout = config.parallel
+    """What describes stages comes with several of them, and a step to draw is taken."""
+    layout, step = config.parallel, config.train.timeline_step
     if layout.pp > 1:
+        if step is not None and step > config.train.steps:
+            yield f"train.timeline_step={step} is not out of train.steps={config.train.steps}"
         return
-    if config.train.timeline_step is not None:
+    if step is not None:
         yield "train.timeline_step is about pipeline stages, but parallel.pp=1; use train.profile instead"
-    for key in ("virtual_stages", "layers_per_stage"):
-        value = getattr(layout, key)
-        if value not in (None, 1, [config.model.num_layers]):
-            yield (
-                f"parallel.{key}={value} is about pipeline stages, but parallel.pp=1; try parallel.pp=2 or "
-                f"parallel.{key}=null"
-            )
+    given, virtual, sizes = layout.layers_per_stage, layout.virtual_stages, pipeline_sizes(config)
+    if given not in (None, [config.model.num_layers]):
+        advice = f"parallel.pp={len(given)} or " if len(given) in sizes else ""
+        yield (
+            f"parallel.layers_per_stage={given} is about pipeline stages, but parallel.pp=1; try {advice}"
+            "parallel.layers_per_stage=null"
+        )
+    if virtual not in (None, 1):
+        fitting = [size for size in sizes if size * virtual <= config.model.num_layers]
+        advice = f"parallel.pp={fitting[0]} with parallel.pp_schedule=interleaved or " if fitting else ""
+        yield (
+            f"parallel.virtual_stages={virtual} is about pipeline stages, but parallel.pp=1; try {advice}"
+            "parallel.virtual_stages=null"
+        )
 
 
 def check_virtual_stages(config: RunConfig) -> Iterator[str]:
@@ -47,9 +62,13 @@ def check_stages(config: RunConfig) -> Iterator[str]:
         stated += (
             f" * {layout.stages_a_rank} stages a rank = {layout.stages} stages" if layout.stages_a_rank > 1 else ""
         )
-        fewer = layers // layout.stages_a_rank
-        advice = [f"parallel.pp={fewer}"] if fewer else []
-        advice += ["parallel.pp_schedule=1f1b"] if layout.stages_a_rank > 1 and layout.pp <= layers else []
+        fewer = [size for size in pipeline_sizes(config) if size * layout.stages_a_rank <= layers]
+        virtual = layers // layout.pp
+        advice = [f"parallel.pp={fewer[-1]}"] if fewer else []
+        if layout.virtual_stages is None:
+            advice += ["parallel.pp_schedule=1f1b"] if layout.stages_a_rank > 1 and virtual else []
+        elif virtual > (layout.pp_schedule != "zb") and layout.pp_schedule not in V_SHAPED:
+            advice += [f"parallel.virtual_stages={virtual}"]
         advice += [f"model.num_layers={layout.stages}"]
         yield f"{stated} is more than model.num_layers={layers}, but every stage has a layer; try {' or '.join(advice)}"
         return

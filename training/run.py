@@ -128,7 +128,9 @@ def _put_down(
         with suppress(StorageError):  # the first error tells more
             recorder.close(*_last_status(error, recorder.directory, step))
     elif isinstance(error, PeerError) and "rank 0 " in str(error):
+        # Rank 0 can neither say nor put down anything.
         print(f"error on rank {process.rank}: {error}", file=sys.stderr, flush=True)
+        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
     elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
         print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)

@@ -205,10 +205,10 @@ class Trainer:
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps and not self.evaluation_due
-        self._conclude(self.saver.ended(wait=True))
+        self._wait_for_save()
         if self.step > first_step and self.saved_step != self.step:
             self._save()
-            self._conclude(self.saver.ended(wait=True))
+            self._wait_for_save()
             if self.saved_step != self.step and self.save_error is not None:
                 raise self.save_error
         validation = self.splits.validation
@@ -323,7 +323,7 @@ class Trainer:
 
     def _save(self) -> None:
         began = time.perf_counter()
-        self._conclude(self.saver.ended(wait=True))
+        self._wait_for_save()
         state = {
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
@@ -339,6 +339,12 @@ class Trainer:
             self.saver.save(self.step, tensors, state)
         self._conclude(self.saver.ended())
         self.stalled += time.perf_counter() - began
+
+    def _wait_for_save(self) -> None:
+        """Until the last save is over on all ranks."""
+        with self.heartbeat.during("writing a checkpoint"):
+            self.saver.wait_for_own_part()
+        self._conclude(self.saver.ended(wait=True))
 
     def _conclude(self, ended: Ended | None) -> None:
         """Take note of a save that is over. One that failed is counted, and too many of them in a row end the run."""

@@ -111,7 +111,20 @@ BAD = [
     ("data.tokenizer=gpt2 model.vocab_size=50000", "less than the 50257 tokens of tokenizer gpt2"),
     ("optimizer.groups=[{a:1}]", "entries must be plain values"),
     # pipeline stages
-    ("parallel.virtual_stages=2", "about pipeline stages, but parallel.pp=1", "try parallel.pp=2 or"),
+    ("parallel.virtual_stages=2", "about pipeline stages, but parallel.pp=1", "try parallel.virtual_stages=null"),
+    (
+        "parallel.virtual_stages=2 world_size=4",
+        "about pipeline stages, but parallel.pp=1",
+        "try parallel.pp=2 with parallel.pp_schedule=interleaved or parallel.virtual_stages=null",
+    ),
+    ("parallel.layers_per_stage=[3,3,3,3] world_size=4", "try parallel.pp=4 or parallel.layers_per_stage=null"),
+    ("parallel.pp=2 world_size=2 train.timeline_step=9 train.steps=8", "timeline_step=9 is not out of train.steps=8"),
+    ("parallel.pp=2 world_size=12", "by 6 data-parallel ranks; try train.global_batch_size=12"),
+    (
+        "parallel.pp=4 world_size=4 parallel.pp_schedule=interleaved parallel.virtual_stages=4",
+        "16 stages is more than model.num_layers=12",
+        "try parallel.pp=2 or parallel.virtual_stages=3 or model.num_layers=16",
+    ),
     ("parallel.pp=2 parallel.pp_schedule=zbvv world_size=2", "did you mean zbv?"),
     ("parallel.pp=2 parallel.virtual_stages=2 world_size=2", "1f1b has one stage a rank", "pp_schedule=interleaved"),
     ("parallel.pp=2 parallel.pp_schedule=zbv parallel.virtual_stages=3 world_size=2", "two stages a rank", "2 or null"),
@@ -119,7 +132,7 @@ BAD = [
     (
         "parallel.pp=8 parallel.pp_schedule=interleaved world_size=8",
         "parallel.pp=8 * 2 stages a rank = 16 stages is more than model.num_layers=12",
-        "try parallel.pp=6 or parallel.pp_schedule=1f1b or model.num_layers=16",
+        "try parallel.pp=4 or parallel.pp_schedule=1f1b or model.num_layers=16",
     ),
     (
         "parallel.pp=2 parallel.layers_per_stage=[5,6,1] world_size=2",

@@ -16,6 +16,7 @@ import pytest
 import pretrain_gpt
 from parallel import mesh
 from parallel.pipeline import ObservedStage
+from parallel.timeline import Action
 from training import trainer
 from training.heartbeat import FOLDER, Heartbeat, culprits
 
@@ -24,13 +25,15 @@ SMALL = ["model=tiny", "model.num_layers=4", "model.hidden_size=48", "data=sampl
          "parallel.pp=2", "parallel.timeout_minutes=0.05"]  # fmt: skip
 
 
-def rank_that_fails(action, at, words):
-    """A run whose rank 1 dies or sleeps in its backward pass number `at`; returns its exit code."""
+def rank_that_fails(action, who, at, words):
+    """A run whose rank `who` fails in its backward pass number `at`; returns its exit code."""
     backward, calls = ObservedStage.backward_one_chunk, iter(range(10**9))
 
     def failing_backward(self, chunk, *arguments, **settings):
-        if os.environ["RANK"] == "1" and next(calls) == at:
-            with self._observer()(f"backward {chunk}"):
+        if os.environ["RANK"] == str(who) and next(calls) == at:
+            if action == "stop":  # while it does nothing
+                os.kill(os.getpid(), signal.SIGSTOP)
+            with self._observer()(Action("B", self.stage_index, chunk)):
                 os.kill(os.getpid(), signal.SIGKILL) if action == "kill" else time.sleep(100)
         return backward(self, chunk, *arguments, **settings)
 
@@ -44,20 +47,27 @@ def rank_that_fails(action, at, words):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "action", "at", "doing"),
+    ("schedule", "action", "who", "at", "doing"),
     [
-        ("1f1b", "hang", 13, "backward 5"),
-        ("1f1b", "hang unnoticed", 13, "backward 5"),
+        ("1f1b", "hang unnoticed", 1, 13, "backward pass of micro-batch 5"),
         *(
-            pytest.param(schedule, action, random.randrange(*of_step_2), "backward", marks=pytest.mark.faults)
+            pytest.param(*case, marks=pytest.mark.faults)
+            for case in (
+                ("1f1b", "hang", 1, 13, "backward pass of micro-batch 5"),
+                ("zb", "stop", 0, 11, ""),
+                ("zbv", "stop", 1, 20, ""),
+            )
+        ),
+        *(
+            pytest.param(schedule, action, 1, random.randrange(*of_step_2), "backward pass", marks=pytest.mark.faults)
             for schedule, of_step_2 in (("1f1b", (8, 16)), ("interleaved", (16, 32)), ("zbv", (16, 32)))
             for action in ("kill", "hang")
         ),
     ],
 )
-def test_the_others_end_in_time_and_name_the_rank(tmp_path, schedule, action, at, doing):
+def test_the_others_end_in_time_and_name_the_rank(tmp_path, schedule, action, who, at, doing):
     words = [*SMALL, f"out_dir={tmp_path}", f"parallel.pp_schedule={schedule}"]
-    code = f"from {__name__} import *; pretrain_gpt.end(rank_that_fails({action!r}, {at}, {words}))"
+    code = f"from {__name__} import *; pretrain_gpt.end(rank_that_fails({action!r}, {who}, {at}, {words}))"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -66,14 +76,25 @@ def test_the_others_end_in_time_and_name_the_rank(tmp_path, schedule, action, at
         for rank in "01"
     ]
     try:
-        _, said = processes[0].communicate(timeout=60)
+        _, said = processes[1 - who].communicate(timeout=60)
     finally:
-        processes[1].kill()
-        processes[1].communicate()
-    assert processes[0].returncode == 76, said
+        processes[who].kill()
+        processes[who].communicate()
+    assert processes[1 - who].returncode == 76, said
     what = "is gone" if action == "kill" else "does not answer"
-    assert re.search(rf"rank 1 {what}: step 2, {doing}", said), said
+    assert re.search(rf"rank {who} {what}: step 2, {doing}", said), said
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_who_has_no_pulse_is_named_even_where_it_waited(tmp_path):
+    with Heartbeat(tmp_path, 0, 100) as runs, Heartbeat(tmp_path, 1, 100) as stopped:
+        runs.beat(None)
+        stopped.beat(None)
+        os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 30))
+        os.utime(tmp_path / FOLDER / "rank_00000.json", (0, time.time() - 30))
+        runs.pulse()
+        assert list(culprits(tmp_path, 100)) == [1]
+        assert "rank 1 does not answer: step 0, waiting for others" in culprits(tmp_path, 100)[1]
 
 
 def test_a_rank_that_ends_well_leaves_nothing(tmp_path):

@@ -1,0 +1,112 @@
+"""`kilotron checkpoint`: lists the checkpoints of a run, shows what is in one, compares files with their manifests."""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from training.errors import ConfigError, DamageError, StorageError
+from training.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the tool's arguments."""
+    parser.add_argument("action", choices=("list", "show", "verify"), help="what to do")
+    parser.add_argument("path", type=Path, metavar="PATH", help="a run directory, or one checkpoint of it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was asked for. Raises ConfigError where there is no checkpoint, StorageError for damage."""
+    found = find(arguments.path)
+    actions = {"list": list_all, "show": show, "verify": verify_all}
+    for line in actions[arguments.action](found):
+        print(line)
+    return 0
+
+
+def find(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those of the run there, damaged ones included, the newest first."""
+    if (path / MANIFEST_NAME).is_file() or path.name.startswith("step_"):
+        found = [path] if path.is_dir() else []
+    else:
+        folders = [path / "checkpoints", path] if path.name != "checkpoints" else [path]
+        folder = next((folder for folder in folders if folder.is_dir()), path)
+        found = sorted((each for each in folder.glob("step_*") if each.is_dir()), reverse=True)
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint; say a run directory, such as outputs/run")
+    return found
+
+
+def list_all(found: list[Path]) -> Iterator[str]:
+    """A line a checkpoint: step, size, when it was saved, validation loss, and whether its files are all there."""
+    yield f"{'checkpoint':28} {'GB':>8} {'files':>6}  {'saved':19} {'eval loss':>9}  files"
+    for path in found:
+        try:
+            manifest = read_manifest(path)
+        except StorageError as error:
+            yield f"{path.name:28} {'':>8} {'':>6}  {'':19} {'':>9}  {error}"
+            continue
+        saved = datetime.fromtimestamp((path / MANIFEST_NAME).stat().st_mtime).isoformat(" ", "seconds")
+        loss = manifest.state.get("eval_loss")
+        shown = "" if loss is None else f"{loss:.3f}"
+        yield (
+            f"{path.name:28} {_size(manifest) / 1e9:8.3f} {len(manifest.files):6}  {saved:19} {shown:>9}  "
+            f"{_damage(path, manifest, 'sizes') or 'as long as they were'}"
+        )
+
+
+def show(found: list[Path]) -> Iterator[str]:
+    """What the newest of them says of itself."""
+    path, *_ = found
+    manifest = read_manifest(path)
+    state, config = manifest.state, manifest.state.get("config", {})
+    model = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
+    parallel = {key: config.get("parallel", {}).get(key, 1) for key in ("pp", "dp_replicate", "dp_shard", "tp")}
+    layout = [f"{key}={size}" for key, size in parallel.items() if size != 1]
+    dtypes = Counter(entry.dtype for entry in manifest.tensors.values())
+    rows = {
+        "checkpoint": path,
+        "step": manifest.step,
+        "consumed": f"{state.get('consumed_samples')} samples, {state.get('consumed_tokens')} tokens",
+        "parameters": f"{sum(math.prod(entry.shape) for entry in model.values()):,} in {len(model)} tensors",
+        "other tensors": len(manifest.tensors) - len(model),
+        "dtypes": ", ".join(f"{dtype} in {count} tensors" for dtype, count in dtypes.items()),
+        "files": f"{len(manifest.files)}, {_size(manifest) / 1e9:.3f} GB",
+        "validation loss": state.get("eval_loss"),
+        "saved by": " ".join(layout) or "one rank",
+        "optimizer": config.get("optimizer", {}).get("name"),
+        "precision": config.get("train", {}).get("precision"),
+        "data": ", ".join(f"{key} {value}" for key, value in state.get("data", {}).items()),
+        "torch": state.get("torch"),
+    }
+    yield from (f"{key:16} {value}" for key, value in rows.items() if value not in (None, ""))
+
+
+def verify_all(found: list[Path]) -> Iterator[str]:
+    """Hashes every file of every checkpoint. Raises DamageError at the end where one is not what was written."""
+    damaged = []
+    for path in found:
+        try:
+            manifest = read_manifest(path)
+            verify(path, manifest, "full")
+        except DamageError as error:
+            damaged.append(path.name)
+            yield f"{path.name}: {error}"
+        else:
+            yield f"{path.name}: {len(manifest.files)} files, {_size(manifest) / 1e9:.3f} GB, all as they were written"
+    if damaged:
+        raise DamageError(f"damaged: {', '.join(damaged)}; a run passes over what is damaged and takes the one before")
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(entry.size for entry in manifest.files.values())
+
+
+def _damage(path: Path, manifest: Manifest, mode: str) -> str | None:
+    try:
+        verify(path, manifest, mode)
+    except StorageError as error:
+        return str(error)
+    return None
