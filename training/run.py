@@ -6,12 +6,13 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from data.files import wait_until_visible
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
 from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
@@ -37,15 +38,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 
     def begin() -> str | None:
         nonlocal recorder
-        directory = RunDirectory(Path(config.run_dir))
-        directory.own()
-        standing = check_run_directory(directory, config)
-        if standing is None:
-            directory.record_start(config, overrides)
-            shutil.rmtree(logs / FOLDER, ignore_errors=True)
-            recorder = Recorder(config, directory)
-            if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
-                recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
+        recorder, standing = _take_directory(config, overrides)
         return standing
 
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
@@ -59,6 +52,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 if process.rank == 0:
                     print(standing)
                 return 0
+            wait_until_visible(logs / FOLDER)
             with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat:
                 trainer = Trainer(config, process, recorder, stop, heartbeat)
 
@@ -85,6 +79,26 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 recorder.close("preempted", trainer.step, reason)
         # torchrun takes every other code for a failure, and restarts.
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder | None, str | None]:
+    """Own the run directory and record the start there; or what to say of a run that is complete."""
+    directory = RunDirectory(Path(config.run_dir))
+    logs = directory.path / LOGS
+    directory.own()
+    with ExitStack() as refused:
+        refused.callback(directory.ownership.release)
+        standing = check_run_directory(directory, config)
+        if standing is not None:
+            return None, standing
+        directory.record_start(config, overrides)
+        shutil.rmtree(logs / FOLDER, ignore_errors=True)
+        (logs / FOLDER).mkdir(exist_ok=True)
+        recorder = Recorder(config, directory)
+        refused.pop_all()
+    if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
+        recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
+    return recorder, None
 
 
 def _as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseException:
@@ -123,7 +137,7 @@ def _put_down(
 ) -> None:
     """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
     if recorder is not None:
-        with suppress(StorageError):  # the first error tells more
+        with suppress(RunError):  # the first error tells more
             recorder.close(*_last_status(error, recorder.directory, step))
     elif isinstance(error, PeerError) and "rank 0 " in str(error):
         print(f"error on rank {process.rank}: {error}", file=sys.stderr, flush=True)

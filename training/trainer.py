@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from data.batches import BatchReader, MicroBatch
+from data.files import wait_until_visible
 from data.gpt_dataset import GPTDataset, unigram_entropy
+from data.locations import data_prefix
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
@@ -170,6 +172,8 @@ class Trainer:
     def _wishes_to_stop(self) -> bool:
         if self.recorder:
             self.stop.look()
+            if self.recorder.directory.ownership.lost:
+                self.stop.ask("another process, which took the run directory over")
         return self.stop.reason is not None
 
     def _any_wish_to_stop(self) -> bool:
@@ -199,6 +203,7 @@ class Trainer:
 
         # Rank 0 first: what is wrong with the data is then said once, by all ranks alike.
         on_rank_zero(lambda: open_all() and None)
+        wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
         splits = open_all()
         if self.recorder:
             tokenizer = find_tokenizer(config.data, config.out_dir)
@@ -318,6 +323,7 @@ class Trainer:
             "torch": torch.__version__,
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
+        on_rank_zero(lambda: self.recorder.directory.ownership.check() if self.recorder else None)
         with self.heartbeat.during("saving a checkpoint"):
             save_checkpoint(Path(self.config.run_dir), self.step, tensors, state, self.config.checkpoint.keep)
         self.saved_step = self.step
