@@ -15,6 +15,7 @@ from typing import NoReturn
 from data.files import wait_until_visible
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
+from training.determinism import make_deterministic, refusing_by_name
 from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
 from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.mirror import first_line
@@ -41,6 +42,8 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         recorder, standing = _take_directory(config, overrides)
         return standing
 
+    if config.train.deterministic:
+        make_deterministic(os.environ)
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.startup_minutes)
     stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
@@ -53,7 +56,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                     print(standing)
                 return 0
             wait_until_visible(logs / FOLDER)
-            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat:
+            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
                 trainer = Trainer(config, process, recorder, stop, heartbeat)
 
                 def give_up(named: dict[int, str]) -> None:
