@@ -6,12 +6,18 @@ import json
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data.errors import CorruptDataError, DataPathError
+
+SECONDS_UNTIL_VISIBLE = 90.0
+"""More than the minute for which NFS believes that a file is absent."""
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -53,6 +59,21 @@ def publish_directory(temporary: Path, target: Path) -> None:
         sync(path)
     temporary.rename(target)
     sync(target.parent)
+
+
+def wait_until_visible(path: Path, seconds: float = SECONDS_UNTIL_VISIBLE) -> None:
+    """Waits for what another host has made: network file systems show it late. Raises FileNotFoundError."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path} was made by another process but is not visible on {socket.gethostname()} after {seconds:g} s; "
+                f"it must lie on a file system that all hosts share"
+            )
+        # Who lists the folder asks the file server, rather than what this host remembers of it.
+        with suppress(OSError):
+            any(next(parent for parent in path.parents if parent.exists()).iterdir())
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def sync(path: Path) -> None:

@@ -69,6 +69,15 @@ def test_compiled_layers_equal_eager_ones(out_dir, recompute):
     )
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_two_deterministic_runs_are_equal_bit_for_bit(out_dir, compiled):
+    # A vocabulary for which the loss is compiled, too.
+    words = ["train.deterministic=true", "train.precision=bf16", "train.steps=5", "model.vocab_size=16384"]
+    for name in (f"once-{compiled}", f"twice-{compiled}"):
+        assert train(out_dir, name, *words, f"train.compile={compiled}") == 0
+    assert numbers(out_dir, f"once-{compiled}") == numbers(out_dir, f"twice-{compiled}")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_recomputation_keeps_less_and_selective_runs_no_attention_again(dtype):
     config = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=4, vocab_size=512)

@@ -356,7 +356,7 @@ def test_two_jobs_cannot_own_one_run_directory(out_dir):
     directory.own()
     with pytest.raises(RunDirectoryError, match=f"in use by process {os.getpid()} .*name=contested-2"):
         train(out_dir, "contested", 2, "train.steps=1")
-    directory.release()
+    directory.ownership.release()
     assert train(out_dir, "contested", 2, "train.steps=1") == 0
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.files import sync, write_whole
+from data.files import sync, wait_until_visible, write_whole
 from parallel.sharding import Box, TensorPart
 from training.errors import StorageError
 from training.faults import Passing, pass_by
@@ -229,6 +229,7 @@ def write_parts(path: Path, parts: Mapping[str, TensorPart], passing: Passing = 
     order = sorted(parts, key=lambda name: parts[name].values.dtype.itemsize, reverse=True)
     header, size = safetensors_layout([(name, parts[name].values.dtype, parts[name].box.lengths) for name in order])
     digest = hashlib.sha256(header)
+    wait_until_visible(path.parent)
     with path.open("xb") as file:
         file.write(header)
         for name in order:
@@ -255,6 +256,7 @@ def read_parts(directory: Path, manifest: Manifest, parts: Mapping[str, TensorPa
             shared = part.box.overlap(Box(chunk.offsets, chunk.lengths))
             if shared.size:
                 by_file[chunk.file].append((name, chunk, shared))
+    wait_until_visible(directory / MANIFEST_NAME)
     for file_name, pieces in by_file.items():
         file = SafetensorsFile(directory / file_name, manifest.files[file_name].size)
         for name, chunk, shared in pieces:

@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,10 @@ NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("parallel.ep", (1,)),
 )
 """Keys of features that this version lacks, with the values that work without them."""
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Values of that variable of the environment with which cuBLAS gives the same bits every time."""
 
 
 def each_setting(config: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:
@@ -323,6 +327,16 @@ def check_profile(config: RunConfig) -> Iterator[str]:
         f"train.profile={profile}: not the number of a step, or of the first and the last as in 10-12, out of "
         f"train.steps={end}; try train.profile={near}"
     )
+
+
+def check_deterministic(config: RunConfig, environment: Mapping[str, str]) -> Iterator[str]:
+    """What the environment says of cuBLAS, if anything, suits a deterministic run."""
+    workspace = environment.get(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
+    if config.train.deterministic and workspace not in DETERMINISTIC_WORKSPACES:
+        yield (
+            f"train.deterministic=true, but with {CUBLAS_WORKSPACE}={workspace} in the environment cuBLAS may round "
+            f"differently every time; unset it, or use {' or '.join(DETERMINISTIC_WORKSPACES)}"
+        )
 
 
 def check_split(config: RunConfig) -> Iterator[str]:

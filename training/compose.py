@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataPathError, TokenizerError
 from data.vocabulary import find_vocabulary
-from training.checks import check_choices, check_ranges, check_relations, check_vocabulary
+from training.checks import check_choices, check_deterministic, check_ranges, check_relations, check_vocabulary
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.overrides import check_overrides, expand_sweep, thawed_schema
@@ -71,7 +71,7 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
     between settings are looked at once each number by itself is legal.
     """
     out_of_range = list(check_ranges(config))
-    problems = [*out_of_range, *check_choices(config)]
+    problems = [*out_of_range, *check_choices(config), *check_deterministic(config, environment)]
     filled = config
     try:
         filled = replace(filled, world_size=_world_size(config, environment))

@@ -82,6 +82,9 @@ class TrainConfig:
     """Finite steps in a row after which fp16 doubles the loss scale."""
     compile: bool = False
     """Compile each layer with torch.compile; the first step then takes longer."""
+    deterministic: bool = False
+    """The same bits whenever the same configuration runs on the same kind of machine, at some cost of speed; an
+    operation that cannot do so is refused by name."""
     recompute: str = field(default="none", metadata={"choices": ("none", "selective", "full")})
     """What backward computes again instead of keeping: selective keeps a layer's input, the outputs of its linear
     layers and of attention, and computes norms, activations, rotary embedding and dropout again; full keeps only the

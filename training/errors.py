@@ -19,6 +19,12 @@ class ConfigError(RunError):
         return "\n".join(str(problem) for problem in self.args)
 
 
+class NonDeterministicError(Exception):
+    """train.deterministic=true and an operation that is not. No RunError: each rank finds that out for itself."""
+
+    exit_code = 78
+
+
 class NonFiniteError(RunError):
     """The loss or a gradient is NaN or infinite."""
 

@@ -109,7 +109,7 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
     while True:
         beats = _beats(logs)
         here = [rank for rank, beat in beats.items() if beat["host"] == socket.gethostname()]
-        gone = [rank for rank in here if not _is_alive(beats[rank]["pid"])]
+        gone = [rank for rank in here if process_start(beats[rank]["pid"]) is None]
         # The connections of a process that is killed close a moment before it is gone.
         if gone or time.time() > now + SECONDS_TO_DIE:
             break
@@ -152,14 +152,16 @@ def _work(beat: dict[str, Any]) -> tuple[int, str]:
     return beat["step"], beat["doing"]
 
 
-def _is_alive(pid: int) -> bool:
+def process_start(pid: int) -> str | None:
+    """When a process of this host began, in ticks of its kernel, None where it has ended; "" where nobody says."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return None
     except PermissionError:
-        return True
-    # A process that has ended stays until its parent looks.
+        pass
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    return True
+        state, *counts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        # A process that has ended stays until its parent looks.
+        return None if state == "Z" else counts[18]
+    return ""

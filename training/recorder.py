@@ -109,7 +109,7 @@ class Recorder:
             step = self.directory.previous.step if self.directory.previous else 0
         with ExitStack() as stack:
             # Whatever fails here, a full disk say, the others are closed all the same.
-            stack.callback(self.directory.release)
+            stack.callback(self.directory.ownership.release)
             for mirror in self._mirrors:
                 stack.callback(mirror.close, failed=state == "failed")
             stack.callback(self.metrics.close)

@@ -6,21 +6,23 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from data.files import wait_until_visible
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
 from training.config import RunConfig
+from training.determinism import make_deterministic, refusing_by_name
 from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
 from training.faults import Faults
 from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.mirror import first_line
 from training.recorder import Recorder
 from training.run_directory import LOGS, RunDirectory, State, difference
-from training.stop import STOP_FILE, stoppable
+from training.stop import STOP_FILE, StopRequest, stoppable
 from training.trainer import Trainer
 
 PREEMPTED = 75
@@ -38,17 +40,11 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 
     def begin() -> str | None:
         nonlocal recorder
-        directory = RunDirectory(Path(config.run_dir))
-        directory.own()
-        standing = check_run_directory(directory, config)
-        if standing is None:
-            directory.record_start(config, overrides)
-            shutil.rmtree(logs / FOLDER, ignore_errors=True)
-            recorder = Recorder(config, directory)
-            if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
-                recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
+        recorder, standing = _take_directory(config, overrides)
         return standing
 
+    if config.train.deterministic:
+        make_deterministic(os.environ)
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.startup_minutes)
     stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
@@ -61,7 +57,8 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 if process.rank == 0:
                     print(standing)
                 return 0
-            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat:
+            wait_until_visible(logs / FOLDER)
+            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
                 trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
 
                 def give_up(named: dict[int, str]) -> None:
@@ -78,15 +75,40 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 raise
             raise failure from error
         if recorder is not None:
-            stop.settle(completed=completed)
-            if completed:
-                recorder.close("completed", trainer.step, f"reached train.steps={config.train.steps}")
-            else:
-                reason = stop.reason or "a signal to another rank"
-                recorder.console.note(f"stopped by {reason} and saved at step {trainer.step}: start again to continue")
-                recorder.close("preempted", trainer.step, reason)
+            _close(recorder, stop, trainer.step, completed=completed)
         # torchrun takes every other code for a failure, and restarts.
         return 0 if completed or "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+def _close(recorder: Recorder, stop: StopRequest, step: int, *, completed: bool) -> None:
+    """Put down that the run is complete, or what stopped it."""
+    stop.settle(completed=completed)
+    if completed:
+        recorder.close("completed", step, f"reached train.steps={step}")
+        return
+    reason = stop.reason or "a signal to another rank"
+    recorder.console.note(f"stopped by {reason} and saved at step {step}: start again to continue")
+    recorder.close("preempted", step, reason)
+
+
+def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder | None, str | None]:
+    """Own the run directory and record the start there; or what to say of a run that is complete."""
+    directory = RunDirectory(Path(config.run_dir))
+    logs = directory.path / LOGS
+    directory.own()
+    with ExitStack() as refused:
+        refused.callback(directory.ownership.release)
+        standing = check_run_directory(directory, config)
+        if standing is not None:
+            return None, standing
+        directory.record_start(config, overrides)
+        shutil.rmtree(logs / FOLDER, ignore_errors=True)
+        (logs / FOLDER).mkdir(exist_ok=True)
+        recorder = Recorder(config, directory)
+        refused.pop_all()
+    if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
+        recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
+    return recorder, None
 
 
 def _as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseException:
@@ -125,7 +147,7 @@ def _put_down(
 ) -> None:
     """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
     if recorder is not None:
-        with suppress(StorageError):  # the first error tells more
+        with suppress(RunError):  # the first error tells more
             recorder.close(*_last_status(error, recorder.directory, step))
     elif isinstance(error, PeerError) and "rank 0 " in str(error):
         # Rank 0 can neither say nor put down anything.

@@ -1,8 +1,6 @@
 """The directory of a run: its configuration, the environment of its last start, and how it stands."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shlex
@@ -11,10 +9,9 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -22,7 +19,8 @@ from data.config import DataConfig
 from data.files import write_whole
 from data.vocabulary import find_tokenizer, tokenizer_files
 from training.config import RunConfig
-from training.errors import ConfigError, RunDirectoryError, StorageError
+from training.errors import ConfigError, StorageError
+from training.ownership import Ownership
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 """Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
@@ -57,44 +55,32 @@ class RunDirectory:
         """Writes nothing. Raises StorageError where an earlier start's status.json cannot be read."""
         self.path = path
         self.previous = self.read_status()
-        self.attempt = 0 if self.previous is None else self.previous.attempt + 1
-        self._lock: IO[str] | None = None
+        self.ownership = Ownership(path)
+
+    @property
+    def attempt(self) -> int:
+        """Starts in this directory before this one."""
+        return 0 if self.previous is None else self.previous.attempt + 1
 
     def own(self) -> None:
-        """Makes the directory and owns it until `release` or the end of the process.
+        """Makes the directory and owns it until `ownership.release` or the end of the process.
 
         Raises RunDirectoryError where a living process owns it, ConfigError where a file stands in the way, and
-        StorageError where the directory cannot be written.
+        StorageError where the directory cannot be written or its status read.
         """
-        path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("a+", encoding="utf-8")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunDirectoryError(
-                f"{self.path} is in use by {path.read_text(encoding='utf-8').strip()}; end that run or choose another "
-                f"name, such as name={self.path.name}-2"
-            ) from error
+            self.ownership.take()
+            self.previous = self.read_status()  # of whoever owned it until now
         except (FileExistsError, NotADirectoryError) as error:
             obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
             raise ConfigError(
                 f"run directory {self.path}: {obstacle} is no directory; choose another out_dir or name"
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
-                raise StorageError(
-                    f"cannot write in run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
-                ) from error
-        if self._lock is not None:
-            self._lock.truncate(0)
-            now = datetime.now().isoformat(sep=" ", timespec="seconds")
-            print(f"process {os.getpid()} on {socket.gethostname()} since {now}", file=self._lock, flush=True)
-
-    def release(self) -> None:
-        """Lets others have the directory."""
-        if self._lock is not None:
-            self._lock.close()
+            raise StorageError(
+                f"cannot write in run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
+            ) from error
 
     def record_start(self, config: RunConfig, overrides: list[str]) -> None:
         """Records what is started: config.yaml, overrides.txt and environment.json; makes logs/. Raises StorageError.
@@ -133,7 +119,8 @@ class RunDirectory:
         return cast(dict[str, Any], values)
 
     def write_status(self, state: State, step: int, reason: str) -> None:
-        """Replaces status.json. Raises StorageError."""
+        """Replaces status.json. Raises StorageError, RunDirectoryError where another process has taken over."""
+        self.ownership.check()
         write_atomically(self.path / "status.json", _json(asdict(Status(state, step, reason, self.attempt))))
 
     def write_rank_failure(self, rank: int, error: BaseException) -> None:

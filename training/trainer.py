@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from data.batches import BatchReader, MicroBatch
+from data.files import wait_until_visible
 from data.gpt_dataset import GPTDataset, unigram_entropy
+from data.locations import data_prefix
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
@@ -194,6 +196,8 @@ class Trainer:
     def _wishes_to_stop(self) -> bool:
         if self.recorder:
             self.stop.look()
+            if self.recorder.directory.ownership.lost:
+                self.stop.ask("another process, which took the run directory over")
         return self.stop.reason is not None
 
     def _any_wish_to_stop(self) -> bool:
@@ -227,6 +231,7 @@ class Trainer:
 
         # Rank 0 first: what is wrong with the data is then said once, by all ranks alike.
         on_rank_zero(lambda: open_all() and None)
+        wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
         splits = open_all()
         if self.recorder:
             tokenizer = find_tokenizer(config.data, config.out_dir)
@@ -335,6 +340,7 @@ class Trainer:
             "torch": torch.__version__,
         }
         tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
+        on_rank_zero(lambda: self.recorder.directory.ownership.check() if self.recorder else None)
         with self.heartbeat.during("saving a checkpoint"):
             self.saver.save(self.step, tensors, state)
         self._conclude(self.saver.ended())

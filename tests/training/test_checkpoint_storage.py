@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from parallel.sharding import Box
-from training.checkpoint_storage import DTYPE_NAMES, Claim, SafetensorsFile, safetensors_layout, share_out
+from parallel.sharding import Box, tensor_part
+from training.checkpoint_storage import DTYPE_NAMES, Claim, SafetensorsFile, safetensors_layout, share_out, write_parts
 from training.errors import StorageError
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -114,3 +115,9 @@ def test_ranks_write_each_part_once_and_about_as_much():
     )
     sizes = {own.name: own.nbytes for own in claimed[0]}
     assert [sum(sizes[name] for name in share) for share in shares] == [200, 160, 160]
+
+
+def test_a_folder_that_another_host_has_made_may_appear_late(tmp_path):
+    threading.Timer(0.5, (tmp_path / "step").mkdir).start()
+    file = write_parts(tmp_path / "step" / "file.safetensors", {"x": tensor_part(torch.ones(2), torch.Size([2]))})
+    assert (tmp_path / "step" / file.name).is_file()

@@ -296,6 +296,14 @@ def test_a_bad_configuration_is_refused_with_what_would_work(case):
     assert "full_key" not in message
 
 
+def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused():
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+    assert resolve(compose([]), environment)
+    with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 .* unset it, or use :4096:8 or :16:8"):
+        resolve(compose(["train.deterministic=true"]), environment)
+    assert resolve(compose(["train.deterministic=true"]), {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+
+
 def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         compose(["tp=2", "model=x", "train.steps=ten", "seed=3"])
@@ -323,6 +331,7 @@ def test_the_world_must_be_the_one_that_was_started(world, environment, fragment
 def test_every_rule_is_collected():
     rules = {value for name, value in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")}
     called = {checks.check_ranges, checks.check_choices, checks.check_vocabulary, checks.check_relations}
+    called.add(checks.check_deterministic)
     assert rules == {*checks.RELATIONS, *called}
 
 

@@ -1,7 +1,5 @@
 """The run directory: what a start records, how it counts starts, and which changes make it another run."""
 
-import errno
-import fcntl
 import json
 import os
 import subprocess
@@ -24,6 +22,7 @@ def test_a_start_records_configuration_overrides_and_environment(tmp_path: Path)
     directory = RunDirectory(path)
     directory.own()
     directory.record_start(config, ["model=tiny", "seed=7"])
+    directory.ownership.release()
     assert restore_config(directory.saved_config()) == config
     assert (path / "overrides.txt").read_text() == "model=tiny\nseed=7\n"
     environment = json.loads((path / "environment.json").read_text())
@@ -97,18 +96,11 @@ def test_a_directory_has_one_owner_at_a_time(tmp_path: Path):
     with pytest.raises(RunDirectoryError, match=rf"in use by process {os.getpid()} on .*name=run-2") as caught:
         second.own()
     assert caught.value.exit_code == 73
-    owner.release()
+    owner.write_status("completed", 3, "")
+    owner.ownership.release()
     second.own()
-    second.release()
-
-
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(_file: object, _operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    RunDirectory(tmp_path).own()
-    assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+    assert second.attempt == 1, "of the status that the owner left, not of the one that was there before"
+    second.ownership.release()
 
 
 def test_a_failing_rank_leaves_its_traceback_and_the_reason(tmp_path: Path):
