@@ -120,9 +120,13 @@ def _choose(directory: Path, resume: str, verify_mode: str) -> tuple[Path, Manif
         if not found:
             raise StorageError(f"no checkpoint of step {resume} in {directory}; steps there: {steps}")
     problems = []
-    for _, path in found:
+    for step, path in found:
         try:
+            if path.is_symlink():
+                raise StorageError(f"{path}: is a symbolic link; copy the checkpoint there, or use checkpoint.load")
             manifest = read_manifest(path)
+            if manifest.step != step:
+                raise StorageError(f"{path}: its manifest is of step {manifest.step}")
             verify(path, manifest, verify_mode)
         except StorageError as error:
             problems.append(str(error))
