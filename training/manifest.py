@@ -229,5 +229,5 @@ def _fill(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
 
 def _naturals(values: list[Any], name: str) -> tuple[int, ...]:
     if len(values) > 64 or any(type(value) is not int or not 0 <= value < 2**63 for value in values):
-        raise ValueError(f"{name}: {values} are not whole numbers from 0 on, as torch has them")
+        raise ValueError(f"{name}: not whole numbers from 0 on that torch can hold: {values}")
     return tuple(values)
