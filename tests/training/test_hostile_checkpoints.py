@@ -168,7 +168,7 @@ def chunks(*boxes):
     return change(*CHUNKS, listed)
 
 
-def everywhere(value, message="not"):
+def everywhere(value, message="not whole numbers"):
     """A number in all places that hold one."""
     places = [
         *(("step",), ("files", FIRST, "bytes"), ("tensors", "weight", "shape", 0)),
