@@ -7,7 +7,9 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,8 @@ from data.errors import CorruptDataError, DataPathError
 SECONDS_UNTIL_VISIBLE = 90.0
 """More than the minute for which NFS believes that a file is absent."""
 SECONDS_BETWEEN_LOOKS = 0.2
+LARGEST_JSON = 2**30
+"""Bytes of a JSON file up to which it is read."""
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -88,6 +92,9 @@ def sync(path: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises DataPathError where there is none."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+            raise DataPathError(f"{path} is no regular file of up to {LARGEST_JSON} bytes")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataPathError(f"{path} cannot be read: {error.strerror}") from error
@@ -96,6 +103,30 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataPathError(f"{path} holds no JSON object")
     return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `object_pairs_hook` of `json.loads`.
+
+    Raises ValueError where it holds a key twice: what is checked could then be another value than what is used.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} is there twice")
+    return content
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file that the library has opened, so found sound, says of its tensors.
+
+    Raises ValueError for a key that is there twice, which the library lets pass.
+    """
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(
+            file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=unique_keys
+        )
+    return header
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data.files import safetensors_header
 from models.hugging_face import HEAD, WORDS, HuggingFaceDirectory, HuggingFaceError, TensorRule
 from parallel.sharding import local_box, local_values
 
@@ -79,7 +80,8 @@ def _open(directory: HuggingFaceDirectory) -> dict[str, safe_open]:
     for path in directory.files:
         try:
             file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
+            safetensors_header(path)
+        except (OSError, SafetensorError, ValueError) as error:
             raise HuggingFaceError(f"{path} is damaged: {error}") from error
         names = set(file.keys())
         if names & files.keys():

@@ -1,22 +1,21 @@
-"""Runs a function on local ranks of a gloo group, in processes forked from a server that has already imported torch.
-
-Pickled bytes travel between a caller and its own ranks only, as `multiprocessing` itself does it.
-"""
+"""Runs a function on local ranks of a gloo group, in processes forked from a server that has already imported torch."""
 
 import contextlib
 import multiprocessing
 import os
-import pickle
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 PRELOADED = [
     "torch._dynamo",
@@ -67,13 +66,13 @@ def run_ranks(
         # As under torchrun: the store above is met, and rank 0 opens none of its own.
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    call = pickle.dumps((function, arguments))
+    call = function, _without_tensors(arguments)
     ranks: list[Rank] = []
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             of_rank = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_rank_main, args=(sender, call, of_rank, initialize, timeout))
+            process = context.Process(target=_rank_main, args=(sender, *call, of_rank, initialize, timeout))
             process.start()
             ranks.append((process, receiver))
             # The rank holds the only sending end from here on, so that its death is seen as the end of the stream.
@@ -106,30 +105,52 @@ def _collect(ranks: Sequence[Rank], timeout: float) -> list[Any]:
 
 
 def _answer_of(rank: int, process: ForkServerProcess, connection: Connection) -> Answer:
+    unread = None
     try:
-        answer: Answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - our own child's bytes
+        try:
+            found = connection.recv()
+        except Exception as error:
+            if isinstance(error, EOFError):
+                raise
+            found = unread = RankError(f"rank {rank} sent what cannot be read: {error!r}")
+        when, note = connection.recv()
     except EOFError:
         process.join(SECONDS_TO_EXIT)
         died = RankError(f"rank {rank} died without an answer, exit code {process.exitcode}")
         return float("-inf"), died, None
-    return answer
+    if not note and unread is None:
+        return when, None, _with_tensors(found)
+    found.add_note(note)
+    return when, found, None
 
 
-def _rank_main(sender: Connection, call: bytes, environment: dict[str, str], initialize: bool, timeout: float) -> None:
+def _rank_main(
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    initialize: bool,
+    timeout: float,
+) -> None:
     # The server's environment is that of the moment it was started, not the caller's.
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    note = ""
     try:
         if initialize:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        function, arguments = pickle.loads(call)  # noqa: S301 - our own parent's bytes
-        result = function(rank, world_size, *arguments)
-        payload = pickle.dumps((time.monotonic(), None, result))
+        sender.send(_without_tensors(function(rank, world_size, *_with_tensors(arguments))))
+        when = time.monotonic()
     except BaseException as error:
-        payload = _failure(rank, error)
-    sender.send_bytes(payload)
+        when, note = time.monotonic(), f"on rank {rank}:\n{''.join(traceback.format_exception(error))}"
+        try:
+            sender.send(error)
+        except Exception:
+            sender.send(RankError(f"rank {rank} raised what cannot be sent: {error!r}"))
+    # Apart from what the caller may be unable to read, and behind it: whether that can be sent shows only there.
+    sender.send((when, note))
     if dist.is_initialized():
         # A rank that leaves early can break a peer's last collective.
         with contextlib.suppress(Exception):
@@ -137,12 +158,26 @@ def _rank_main(sender: Connection, call: bytes, environment: dict[str, str], ini
             dist.destroy_process_group()
 
 
-def _failure(rank: int, error: BaseException) -> bytes:
-    when, note = time.monotonic(), f"on rank {rank}:\n{''.join(traceback.format_exception(error))}"
-    try:
-        error.add_note(note)
-        payload = pickle.dumps((when, error, None))
-        pickle.loads(payload)  # noqa: S301 - tells whether the caller could read it
-    except Exception:
-        payload = pickle.dumps((when, RankError(note), None))
-    return payload
+@dataclass(frozen=True)
+class _Values:
+    """A tensor by value: a process would share its memory, which takes an open file and ends with the sender."""
+
+    values: np.ndarray[Any, np.dtype[np.uint8]]
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _without_tensors(nested: Any) -> Any:
+    return tree_map_only(
+        torch.Tensor,
+        lambda tensor: _Values(
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape
+        ),
+        nested,
+    )
+
+
+def _with_tensors(nested: Any) -> Any:
+    return tree_map_only(
+        _Values, lambda sent: torch.from_numpy(sent.values).view(sent.dtype).reshape(sent.shape), nested
+    )

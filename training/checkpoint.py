@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart, tensor_part
-from training.checkpoint_storage import read_parts, set_aside, step_directories
+from training.checkpoint_storage import REPLACED, read_parts, set_aside, step_directories, step_name
 from training.errors import DamageError, StorageError
 from training.exchange import exchange, to_all
 from training.manifest import Manifest, compare_hashes, compare_sizes, read_manifest
@@ -105,7 +105,7 @@ def choose_checkpoint(
     damaged: list[tuple[Path, DamageError]] = []
     for path in on_rank_zero(lambda: _candidates(directory, resume)):
         try:
-            manifest = on_rank_zero(partial(read_manifest, path))
+            manifest = on_rank_zero(partial(_manifest_of, path))
             verify_together(path, manifest, verify_mode, needed)
         except DamageError as error:
             damaged.append((path, error))
@@ -120,6 +120,15 @@ def choose_checkpoint(
             "Restore a damaged file, or start a new run under another name"
         )
     return None
+
+
+def _manifest_of(path: Path) -> Manifest:
+    if path.is_symlink():
+        raise DamageError(f"{path}: is a symbolic link; copy the checkpoint there, or use checkpoint.load")
+    manifest = read_manifest(path)
+    if path.name.removesuffix(REPLACED) != step_name(manifest.step):
+        raise DamageError(f"{path}: its manifest is of step {manifest.step}")
+    return manifest
 
 
 def _pass_over(damaged: list[tuple[Path, DamageError]], *, owned: bool) -> None:

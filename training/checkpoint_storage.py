@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.files import sync, wait_until_visible, write_whole
+from data.files import safetensors_header, sync, wait_until_visible, write_whole
 from parallel.sharding import Box, TensorPart
 from training.errors import StorageError
 from training.faults import Passing, pass_by
@@ -32,6 +32,7 @@ from training.manifest import (
     Manifest,
     encode_manifest,
     read_manifest,
+    regular_size,
 )
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
@@ -282,24 +283,23 @@ class SafetensorsFile:
     """A safetensors file, mapped: only the pages that are touched are read."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Raise StorageError where `path` is not `size` bytes long or damaged, OSError where it will not open."""
+        """Raise StorageError where `path` is not `size` bytes long, a link or damaged, OSError where it is missing."""
         self._path = path
-        if (found := path.stat().st_size) != size:
+        if (found := regular_size(path)) != size:
             raise StorageError(f"{path}: expected {size} bytes, found {found}")
         try:
             self._file = safe_open(path, "pt")
-        except SafetensorError as error:
+            self._header = safetensors_header(path)
+        except (SafetensorError, ValueError) as error:
             raise StorageError(f"{path}: damaged header: {error}") from error
 
     def tensor(self, key: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor [shape] under `key`, backed by the file. Raises StorageError where the file has another one."""
-        try:
-            tensor: torch.Tensor = self._file.get_tensor(key)
-        except SafetensorError as error:
-            raise StorageError(f"{self._path}: damaged header: tensor {key!r}: {error}") from error
-        wanted, found = (TORCH_DTYPES[dtype], list(shape)), (tensor.dtype, list(tensor.shape))
+        entry = self._header.get(key, {})
+        wanted, found = (dtype, list(shape)), (entry.get("dtype"), entry.get("shape"))
         if found != wanted:
             raise StorageError(f"{self._path}: damaged header: tensor {key!r}: expected {wanted}, found {found}")
+        tensor: torch.Tensor = self._file.get_tensor(key)
         return tensor
 
 

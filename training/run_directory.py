@@ -5,14 +5,16 @@ import json
 import os
 import shlex
 import socket
+import stat
 import subprocess
 import sys
 import traceback
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from data.config import DataConfig
@@ -21,9 +23,13 @@ from data.vocabulary import find_tokenizer, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.ownership import Ownership
+from training.settings import describe_type
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 """Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
+
+LARGEST_CONFIG = 2**16
+"""Bytes of a config.yaml up to which it is read."""
 
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
@@ -104,15 +110,19 @@ class RunDirectory:
         return str(kept[0]) if kept else find_tokenizer(data, out_dir)
 
     def saved_config(self) -> dict[str, Any] | None:
-        """The config.yaml of the last start, None where there is none. Raises StorageError where it is no mapping."""
+        """The config.yaml of the last start, as plain values: what OmegaConf would resolve, such as `${oc.env:HOME}`,
+        stays text. None where there is none. Raises StorageError where it is no mapping."""
         path = self.path / "config.yaml"
         try:
-            values = OmegaConf.to_container(OmegaConf.load(path))
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_CONFIG:
+                raise ValueError(f"it is no regular file of up to {LARGEST_CONFIG} bytes")
+            values = yaml.safe_load(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error}") from error
-        except Exception as error:  # OmegaConf's errors and those of the YAML parser beneath it share no base
+        except (RecursionError, ValueError, yaml.YAMLError) as error:
             raise StorageError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict) or not values:
             raise StorageError(f"{path} holds no configuration; restore it or choose another name")
@@ -167,7 +177,7 @@ def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 def restore_config(values: dict[str, Any]) -> RunConfig:
     """The configuration that `dataclasses.asdict` turned into `values`, as config.yaml and checkpoints hold it.
 
-    Raises ConfigError for a key that this version does not know.
+    Raises ConfigError for a key that this version does not know, and for a value of another type than the key's.
     """
     return _restore(RunConfig, values, "")
 
@@ -186,7 +196,27 @@ def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
         for name, value in values.items()
         if is_dataclass(kinds[name])
     }
-    return kind(**values | groups)
+    plain = {name: value for name, value in values.items() if name not in groups}
+    wrong = [
+        f"{prefix}{name} is not {describe_type(kinds[name])}"
+        for name, value in plain.items()
+        if not _fits(value, kinds[name])
+    ]
+    if wrong:
+        raise ConfigError(f"the saved configuration is not one: {', '.join(wrong)}")
+    return kind(**plain, **groups)
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    """Whether a plain value is of a setting's type."""
+    kinds = get_args(declared)
+    if get_origin(declared) is list:
+        return isinstance(value, list) and all(_fits(item, kinds[0]) for item in value)
+    return (
+        any(_fits(value, kind) for kind in kinds)
+        or type(value) is declared
+        or (declared is float and type(value) is int)
+    )
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -67,3 +67,69 @@ def test_torchrun_environment_and_the_callers_own(monkeypatch):
     monkeypatch.setenv("KILOTRON_RANKS_TEST", "seen")
     results = run_ranks(2, _environment, initialize=False)
     assert results == [([("0", "seen"), ("1", "seen")], 1)] * 2
+
+
+class UnreadableError(Exception):
+    """One that can be sent, but takes more to put together again than it says."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one}{other}")
+
+
+def _raises_what_cannot_be_read(rank, world_size):
+    raise UnreadableError(1, 2)
+
+
+def _raises_what_cannot_be_sent(rank, world_size):
+    raise ValueError(lambda: None)
+
+
+def _returns_what_cannot_be_sent(rank, world_size):
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "line"),
+    [
+        (_raises_what_cannot_be_read, RankError, "raise UnreadableError(1, 2)"),
+        (_raises_what_cannot_be_sent, RankError, "raise ValueError(lambda: None)"),
+        (_returns_what_cannot_be_sent, Exception, "sender.send"),
+    ],
+)
+def test_what_cannot_travel_is_told_with_its_traceback(function, error, line):
+    with pytest.raises(error) as caught:
+        run_ranks(1, function)
+    assert caught.value.__notes__[0].startswith("on rank 0:")
+    assert line in caught.value.__notes__[0]
+
+
+class ReadsToNothing:
+    def __reduce__(self):
+        return _fails_to_read, ()
+
+
+def _fails_to_read():
+    raise ValueError("torn")
+
+
+def _returns_what_cannot_be_read(rank, world_size):
+    return ReadsToNothing()
+
+
+def test_a_result_that_cannot_be_read_is_told():
+    with pytest.raises(RankError, match=r"rank 0 sent what cannot be read: ValueError\('torn'\)"):
+        run_ranks(1, _returns_what_cannot_be_read)
+
+
+def _changes_its_copy(rank, world_size, tensors):
+    tensors["a"].add_(rank)
+    return tensors, [tensors["a"][0], torch.zeros(0, 3), torch.tensor(True)]
+
+
+def test_tensors_travel_by_value():
+    given = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)}
+    for rank, (tensors, (row, empty, flag)) in enumerate(run_ranks(2, _changes_its_copy, given, initialize=False)):
+        assert torch.equal(tensors["a"], given["a"] + rank)
+        assert torch.equal(row, tensors["a"][0])
+        assert (empty.shape, flag.item(), flag.shape) == ((0, 3), True, ())
+    assert torch.equal(given["a"], torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)), "the ranks wrote on ours"

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +109,55 @@ def test_a_manifest_that_vouches_for_nonsense_is_refused(tmp_path, change, messa
     with pytest.raises(StorageError, match=message) as caught:
         read_manifest(tmp_path)
     assert str(tmp_path / "manifest.json") in str(caught.value)
+
+
+def _halves(data, box):
+    """Boxes that make up one, cut at random, and cut again."""
+    lows, lengths = box
+    cuts = [(axis, cut) for axis, length in enumerate(lengths) for cut in range(1, length)]
+    if not cuts or data.draw(st.booleans()):
+        return [box]
+    axis, cut = data.draw(st.sampled_from(cuts))
+    low = (lows, [cut if i == axis else length for i, length in enumerate(lengths)])
+    high = (
+        [start + cut if i == axis else start for i, start in enumerate(lows)],
+        [length - cut if i == axis else length for i, length in enumerate(lengths)],
+    )
+    return [*_halves(data, low), *_halves(data, high)]
+
+
+@given(st.data(), st.lists(st.integers(0, 4), max_size=3))
+def test_chunks_are_taken_exactly_where_they_hold_each_element_once(tmp_path_factory, data, shape):
+    boxes = _halves(data, ([0] * len(shape), shape))
+    if data.draw(st.booleans()):
+        chosen = data.draw(st.integers(0, len(boxes) - 1))
+        lows = [data.draw(st.integers(0, size)) for size in shape]
+        lengths = [data.draw(st.integers(0, size - low)) for low, size in zip(lows, shape, strict=True)]
+        boxes[chosen] = (lows, lengths)
+    times = np.zeros(shape, dtype=int)
+    for lows, lengths in boxes:
+        times[tuple(slice(low, low + length) for low, length in zip(lows, lengths, strict=True))] += 1
+    chunks = tuple(Chunk("file", str(n), tuple(lows), tuple(lengths)) for n, (lows, lengths) in enumerate(boxes))
+    path = tmp_path_factory.mktemp("boxes")
+    manifest = Manifest(0, {}, {"file": FileEntry(10**6, "")}, {"x": TensorEntry("U8", tuple(shape), chunks)})
+    (path / "manifest.json").write_bytes(encode_manifest(manifest))
+    if (times == 1).all():
+        assert read_manifest(path) == manifest
+    else:
+        with pytest.raises(StorageError, match="do not fill"):
+            read_manifest(path)
+
+
+def test_tens_of_thousands_of_chunks_are_no_matter(tmp_path):
+    rows, columns = 400, 100
+    boxes = [(row, column) for row in range(rows) for column in range(columns)]
+    chunks = tuple(Chunk("file", f"{row} {column}", (2 * row, 3 * column), (2, 3)) for row, column in boxes)
+    for last, accepted in ((chunks[-1], True), (chunks[0], False)):
+        entry = TensorEntry("BF16", (2 * rows, 3 * columns), (*chunks[:-1], replace(last, key="last")))
+        manifest = Manifest(0, {}, {"file": FileEntry(12 * rows * columns, "")}, {"x": entry})
+        (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+        with contextlib.nullcontext() if accepted else pytest.raises(StorageError, match="do not fill"):
+            assert read_manifest(tmp_path) == manifest
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"7", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])

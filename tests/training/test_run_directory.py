@@ -122,11 +122,56 @@ def test_a_broken_status_is_a_storage_error_that_names_the_file(tmp_path: Path, 
         RunDirectory(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"a: [", b"- 1\n", b"\xff", b"a: ${b\n"])
+@pytest.mark.parametrize("content", [b"", b"a: [", b"- 1\n", b"\xff", b"a: !!python/name:os.system\n", b"[" * 2000])
 def test_a_broken_configuration_is_a_storage_error_that_names_the_file(tmp_path: Path, content: bytes):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(StorageError, match=r"config\.yaml"):
         RunDirectory(tmp_path).saved_config()
+
+
+def test_a_recorded_configuration_is_text_that_nothing_resolves(tmp_path: Path):
+    words = [
+        "${oc.env:HOME}",
+        "${seed}",
+        "${",
+        "???",
+        "!!python/name:os.system",
+        "2001-01-01",
+        "1e5",
+        "yes",
+        "~",
+        "0x1f",
+    ]
+    text = "".join(f"k{number}: {json.dumps(word)}\n" for number, word in enumerate(words))
+    (tmp_path / "config.yaml").write_text(f"_target_: os.system\nbare: ${{oc.env:HOME}}\n{text}")
+    found = RunDirectory(tmp_path).saved_config()
+    assert found == {"_target_": "os.system", "bare": "${oc.env:HOME}"} | {
+        f"k{n}": word for n, word in enumerate(words)
+    }
+    with pytest.raises(ConfigError, match="holds _target_, bare, k0"):
+        restore_config(found)
+
+
+@pytest.mark.parametrize("name", ["2001-01-01", "1e5", "yes", "~", "${oc.env:HOME}", "12:30", "1_000", "a: b #c"])
+def test_every_name_is_recorded_as_it_is(tmp_path: Path, name: str):
+    config = RunConfig(name=name, optimizer=OptimizerConfig(lr=1e-5))
+    RunDirectory(tmp_path).record_start(config, [])
+    assert restore_config(RunDirectory(tmp_path).saved_config()) == config
+
+
+def test_aliases_and_devices_take_no_memory(tmp_path: Path):
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    assert len(RunDirectory(tmp_path).saved_config()) == 30
+    with pytest.raises(ConfigError, match=r"data\.split is not a list"):
+        restore_config({"data": {"split": RunDirectory(tmp_path).saved_config()["a29"]}})
+    for content in ("/dev/zero", tmp_path / "pipe"):
+        (tmp_path / "config.yaml").unlink()
+        (tmp_path / "config.yaml").symlink_to(content)
+        if not Path(content).exists():
+            os.mkfifo(content)
+        with pytest.raises(StorageError, match="no regular file"):
+            RunDirectory(tmp_path).saved_config()
 
 
 def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,7 +227,13 @@ def test_a_key_that_an_older_version_did_not_know_has_its_default():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"model": {"depth": 3}}, "model.depth"), ({"model": 3}, "under model"), ({"x": 1}, "holds x")]
+    ("change", "said"),
+    [
+        *(({"model": {"depth": 3}}, "model.depth"), ({"model": 3}, "under model"), ({"x": 1}, "holds x")),
+        ({"model": {"num_layers": "${oc.env:HOME}"}}, "model.num_layers is not an integer"),
+        ({"seed": True}, "seed is not an integer"),
+        ({"data": {"split": [1, "98"]}}, r"data.split is not a list like \[number, number\]"),
+    ],
 )
 def test_a_saved_configuration_that_is_not_understood_is_refused(change: dict, said: str):
     with pytest.raises(RunError, match=said):
