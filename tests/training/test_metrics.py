@@ -34,7 +34,7 @@ def test_step_line_holds_the_fields_of_the_contract_in_its_order(tmp_path: Path)
     MetricsLog(tmp_path, attempt=2).log_step(STEP)
     counts = ["step", "attempt", "consumed_samples", "consumed_tokens"]
     rates = ["loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_second_per_gpu", "step_ms", "data_ms"]
-    rates += ["mfu", "memory_gb"]
+    rates += ["mfu", "memory_gb", "checkpoint_stall_ms"]
     record = json.loads((tmp_path / METRICS).read_text())
     assert list(record) == [*counts, *rates, "loss_scale"]
     assert (record["step"], record["attempt"], record["loss"], record["mfu"]) == (3, 2, 4.125, None)
