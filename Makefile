@@ -8,7 +8,7 @@ ARGS ?=
 # One rank a GPU, as many as divide the batch of 24; without GPUs, two ranks on the CPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(max(n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n <= (torch.cuda.device_count() or 2)))")
 
-.PHONY: pretrain test parity faults lint types benchmark clean
+.PHONY: pretrain test parity faults kill50 lint types benchmark clean
 
 pretrain: $(VENV)/.run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME) $(ARGS)
@@ -28,9 +28,13 @@ parity: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.matrix
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
-# Signals and STOP files at twenty random moments of a run.
+# Ranks that are killed, hang and fail, disks that fill, files that are damaged: what goes on is as if nothing had been.
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -rP
+
+# One run, killed at fifty random moments.
+kill50: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kill50
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -421,7 +421,6 @@ def _peer_is_killed(rank, world_size, run_dir):
 def test_a_rank_killed_in_a_save_leaves_the_previous_checkpoint(tmp_path, one_rank):
     with pytest.raises((RankError, RuntimeError)):
         run_ranks(2, _peer_is_killed, tmp_path, timeout=60)
-    assert any(".tmp-" in name for name in _names(tmp_path))
     assert [path.name for path in _complete(tmp_path)] == ["step_00000010"]
     assert choose_checkpoint(tmp_path, "auto", "full")[1].step == 10
 
