@@ -356,6 +356,11 @@ def check_split(config: RunConfig) -> Iterator[str]:
 def check_checkpoint(config: RunConfig) -> Iterator[str]:
     """What a start takes up is well-formed, and is there."""
     resume, load = config.checkpoint.resume, config.checkpoint.load
+    if config.checkpoint.keep_best and not config.train.eval_interval:
+        yield (
+            "checkpoint.keep_best=true, but train.eval_interval=0: nothing says which is best; try "
+            f"train.eval_interval={config.checkpoint.interval or config.train.steps}"
+        )
     example = "it is a directory like RUN_DIR/checkpoints/step_00000100"
     if resume not in ("auto", "never") and not resume.isdecimal():
         guess = closest(resume, ("auto", "never")) or "auto"

@@ -23,15 +23,15 @@ from models.gpt import build_meta_model
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
-from parallel.sharding import logical_shapes
+from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
 from training.checkpoint import choose_checkpoint, load_checkpoint
-from training.checkpoint_saver import CheckpointSaver, Ended
+from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
 from training.config import RunConfig
-from training.errors import ConfigError, NonFiniteError, StorageError
+from training.errors import ConfigError, NonFiniteError
 from training.faults import Faults
 from training.garbage import collection_every
 from training.hardware import model_flops_utilization
@@ -44,6 +44,7 @@ from training.profiling import StepProfiler
 from training.recorder import Recorder
 from training.run_directory import LOGS, difference
 from training.samples import describe_non_finite, gather_samples
+from training.saving import Saving
 from training.schedule import learning_rate
 from training.starting_weights import load_weights
 from training.stop import StopRequest
@@ -67,10 +68,6 @@ class Trainer:
         self.heartbeat, self.faults = heartbeat, faults
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
-        self.saved_step = 0
-        self.failed_saves = 0
-        self.save_error: StorageError | None = None
-        self.stalled = 0.0
         self.evaluated_step, self.eval_loss = -1, math.nan
         self.skipped_step = 0
         self.consumed_samples = 0
@@ -84,10 +81,11 @@ class Trainer:
         self.shapes = logical_shapes(build_meta_model(config.model, torch.float32))
         self.parameter_count = config.model.parameter_count()
         self._restore_or_initialize()
-        saving = config.checkpoint
-        keep = Retention(saving.keep, saving.keep_every, saving.keep_best)
-        self.saver = CheckpointSaver(Path(config.run_dir), keep, asynchronous=saving.asynchronous, faults=faults)
-        self.saver.require_space(training_tensors(self.parameters, self.optimizer, self.shapes))
+        how = config.checkpoint
+        keep = Retention(how.keep, how.keep_every, how.keep_best)
+        saver = CheckpointSaver(Path(config.run_dir), keep, asynchronous=how.asynchronous, faults=faults)
+        saver.require_space(self._tensors())
+        self.saving = Saving(saver, how.max_failures, heartbeat, stop, recorder, self.step)
         self.train_step = TrainStep(
             self.data_parallel,
             self.optimizer,
@@ -137,7 +135,7 @@ class Trainer:
                 collect_garbage(self.step + 1)
             self.step += 1
             profiler.end(self.step)
-            self._conclude(self.saver.ended())
+            self.saving.look()
             self.consumed_samples += self.batches.size_at(self.consumed_samples)
             self._report(result)
             self.evaluation_due = self._is_due(config.train.eval_interval)
@@ -148,7 +146,7 @@ class Trainer:
                 stopping = True
             if self._is_due(config.checkpoint.interval) and self.step < config.train.steps and not stopping:
                 self._check(result)
-                self._save()
+                self.saving.save(self.step, self._tensors(), self._state())
                 stopping = self._any_wish_to_stop()
         self._check(unchecked)
         reader.close()
@@ -209,12 +207,9 @@ class Trainer:
     def _finish(self, first_step: int) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps and not self.evaluation_due
-        self._wait_for_save()
-        if self.step > first_step and self.saved_step != self.step:
-            self._save()
-            self._wait_for_save()
-            if self.saved_step != self.step and self.save_error is not None:
-                raise self.save_error
+        self.saving.wait()
+        if self.step > first_step and self.saving.saved_step != self.step:
+            self.saving.save_last(self.step, self._tensors(), self._state())
         validation = self.splits.validation
         if completed and self.recorder:
             vocabulary = self.config.model.vocabulary
@@ -289,13 +284,13 @@ class Trainer:
                 f"{path} holds weights without an optimizer's state, so there is no run to continue; start one of "
                 f"another name with checkpoint.load={path}"
             )
-        tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
+        tensors = self._tensors()
         before, now = manifest.state["config"]["optimizer"]["name"], self.config.optimizer.name
         if before != now:
             tensors = {name: part for name, part in tensors.items() if name.startswith("model.")}
             self._note(f"the state of {before} is dropped, as checkpoint.drop_moments asks: {now} begins with none")
         load_checkpoint(path, manifest, tensors)
-        self.step = self.saved_step = manifest.step
+        self.step = manifest.step
         self.consumed_samples = manifest.state["consumed_samples"]
         if self.loss_scale and manifest.state.get("loss_scale"):
             self.loss_scale.restore(manifest.state["loss_scale"])
@@ -326,50 +321,22 @@ class Trainer:
                 + "\n  ".join(differences)
             )
 
-    def _save(self) -> None:
-        began = time.perf_counter()
-        self._wait_for_save()
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        evaluated = self.evaluated_step == self.step and math.isfinite(self.eval_loss)
+        return {
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_samples * self.config.seq_length,
             "evaluation_due": self.evaluation_due,
-            "eval_loss": self.eval_loss if self.evaluated_step == self.step and math.isfinite(self.eval_loss) else None,
+            "eval_loss": self.eval_loss if evaluated else None,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "torch": torch.__version__,
         }
-        tensors = training_tensors(self.parameters, self.optimizer, self.shapes)
-        on_rank_zero(lambda: self.recorder.directory.ownership.check() if self.recorder else None)
-        with self.heartbeat.during("saving a checkpoint"):
-            self.saver.save(self.step, tensors, state)
-        self._conclude(self.saver.ended())
-        self.stalled += time.perf_counter() - began
 
-    def _wait_for_save(self) -> None:
-        """Until the last save is over on all ranks."""
-        with self.heartbeat.during("writing a checkpoint"):
-            self.saver.wait_for_own_part()
-        self._conclude(self.saver.ended(wait=True))
-
-    def _conclude(self, ended: Ended | None) -> None:
-        """Take note of a save that is over. One that failed is counted, and too many of them in a row end the run."""
-        if ended is None:
-            return
-        if ended.error is None:
-            self.saved_step, self.failed_saves = ended.step, 0
-            if self.recorder:
-                self.recorder.running(ended.step)
-            return
-        if not isinstance(ended.error, StorageError):
-            raise ended.error
-        self.failed_saves += 1
-        most = self.config.checkpoint.max_failures
-        fate = f"training goes on (failure {self.failed_saves} in a row; {most} are borne)"
-        self._note(f"step {ended.step} is not saved, {fate}: {ended.error}")
-        if self.failed_saves > most:
-            self.stop.ask(f"{self.failed_saves} checkpoints in a row that failed")
-        self.save_error = ended.error
+    def _tensors(self) -> dict[str, TensorPart]:
+        return training_tensors(self.parameters, self.optimizer, self.shapes)
 
     def _check(self, result: StepResult | None) -> None:
         """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike.
@@ -424,10 +391,9 @@ class Trainer:
                 mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),
                 memory_gb=peak_memory_gb(self.device),
                 loss_scale=result.numbers.loss_scale(),
-                checkpoint_stall_ms=1000 * self.stalled,
+                checkpoint_stall_ms=self.saving.take_stall(),
             )
         )
-        self.stalled = 0.0
 
     def _evaluate(self) -> bool:
         with self.heartbeat.during("evaluation"):

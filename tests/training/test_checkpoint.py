@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from parallel.local_ranks import RankError, run_ranks
 from training import checkpoint_storage
+from training import manifest as manifest_module
 from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import save_checkpoint
 from training.checkpoint_storage import step_directories
@@ -342,6 +343,19 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(tmp_path, one_
     with pytest.raises(StorageError, match=r"no valid checkpoint .* step_00000020, step_00000010") as caught:
         choose_checkpoint(tmp_path, "auto", "auto")
     assert caught.value.exit_code == 74
+
+
+def test_what_cannot_be_read_now_is_no_reason_to_go_back(tmp_path, one_rank, monkeypatch):
+    for step in (10, 20):
+        _save(tmp_path, step)
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(manifest_module, "sha256_of", fail)
+    with pytest.raises(StorageError, match="cannot be read: Input/output error"):
+        choose_checkpoint(tmp_path, "auto", "full", owned=True)
+    assert _names(tmp_path) == ["latest", "step_00000010", "step_00000020"]
 
 
 def test_sizes_look_at_lengths_only_and_off_at_nothing(tmp_path, one_rank):

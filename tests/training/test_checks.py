@@ -119,6 +119,7 @@ BAD = [
     ),
     ("parallel.layers_per_stage=[3,3,3,3] world_size=4", "try parallel.pp=4 or parallel.layers_per_stage=null"),
     ("parallel.pp=2 world_size=2 train.timeline_step=9 train.steps=8", "timeline_step=9 is not out of train.steps=8"),
+    ("checkpoint.keep_best=true", "nothing says which is best", "try train.eval_interval=500"),
     ("parallel.pp=2 world_size=12", "by 6 data-parallel ranks; try train.global_batch_size=12"),
     (
         "parallel.pp=4 world_size=4 parallel.pp_schedule=interleaved parallel.virtual_stages=4",

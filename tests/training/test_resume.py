@@ -136,6 +136,19 @@ def test_another_optimizer_cannot_continue_a_run(out_dir, one_process):
         train(out_dir, "whole", 1, "optimizer=adamw", "train.steps=7")
 
 
+def test_another_optimizer_begins_without_state_where_it_is_asked_for(out_dir):
+    words = ["train.steps=4", "optimizer=adamw", "checkpoint.interval=1"]
+    assert train(out_dir, "changes", 1, *words, "train.exit_after=2") == 75
+    words = [*words, "optimizer=muon", "checkpoint.drop_moments=true"]
+    assert train(out_dir, "changes", 2, *words, "train.exit_after=1") == 75
+    # The second start finds Muon's own state, and keeps it.
+    assert train(out_dir, "changes", 1, *words) == 0
+    assert [step for step, *_ in metrics(out_dir, "changes", "step")] == [1, 2, 3, 4]
+    with safe_open(next((out_dir / "changes" / "checkpoints" / "step_00000004").glob("*.safetensors")), "pt") as file:
+        steps = {key: int(file.get_tensor(key)) for key in file.keys() if ".step." in key}  # noqa: SIM118
+    assert set(steps.values()) == {2}
+
+
 def test_a_pattern_without_a_parameter_is_refused_by_all_ranks(out_dir):
     with pytest.raises(ConfigError, match=r"\*.mpl.\* matches no parameter; names are like embedding.word.weight"):
         train(out_dir, "no_such_parameter", 2, "optimizer.groups=['*.mpl.*:lr_scale=2']")

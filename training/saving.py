@@ -1,0 +1,89 @@
+"""What becomes of a run's saves: begun, waited for, counted where they fail, and the time that they cost training."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from parallel.process_group import on_rank_zero
+from parallel.sharding import TensorPart
+from training.checkpoint_saver import CheckpointSaver
+from training.errors import StorageError
+from training.heartbeat import Heartbeat
+from training.recorder import Recorder
+from training.stop import StopRequest
+
+
+class Saving:
+    """Saves of one run; every method but `look` is collective, at the same step on all ranks.
+
+    Args:
+        most_failures: saves in a row that may fail before the run is asked to stop.
+        recorder: on rank 0 alone.
+        saved_step: that of the checkpoint from which the run goes on.
+    """
+
+    def __init__(
+        self,
+        saver: CheckpointSaver,
+        most_failures: int,
+        heartbeat: Heartbeat,
+        stop: StopRequest,
+        recorder: Recorder | None,
+        saved_step: int,
+    ) -> None:
+        self._saver, self._heartbeat, self._stop, self._recorder = saver, heartbeat, stop, recorder
+        self._most_failures = most_failures
+        self._failures = 0
+        self._error: StorageError | None = None
+        self._stalled = 0.0
+        self.saved_step = saved_step
+        """Of the newest checkpoint of this run that is known to be whole."""
+
+    def save(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
+        """Begin to save, once the save before is over; tensors may change afterwards."""
+        began = time.perf_counter()
+        self.wait()
+        recorder = self._recorder
+        on_rank_zero(lambda: recorder.directory.ownership.check() if recorder else None)
+        with self._heartbeat.during("saving a checkpoint"):
+            self._saver.save(step, tensors, state)
+        self.look()
+        self._stalled += time.perf_counter() - began
+
+    def save_last(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
+        """Save, and wait for it. Raises StorageError on all ranks where that fails."""
+        self.save(step, tensors, state)
+        self.wait()
+        if self.saved_step != step and self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Until the last save is over on all ranks."""
+        with self._heartbeat.during("writing a checkpoint"):
+            self._saver.wait_for_own_part()
+        self.look(wait=True)
+
+    def look(self, *, wait: bool = False) -> None:
+        """Take note of a save that is over. Too many that failed in a row ask the run to stop."""
+        ended = self._saver.ended(wait=wait)
+        if ended is None:
+            return
+        if ended.error is None:
+            self.saved_step, self._failures = ended.step, 0
+            if self._recorder:
+                self._recorder.running(ended.step)
+            return
+        if not isinstance(ended.error, StorageError):
+            raise ended.error
+        self._error = ended.error
+        self._failures += 1
+        if self._recorder:
+            fate = f"training goes on (failure {self._failures} in a row; {self._most_failures} are borne)"
+            self._recorder.console.note(f"step {ended.step} is not saved, {fate}: {ended.error}")
+        if self._failures > self._most_failures:
+            self._stop.ask(f"{self._failures} checkpoints in a row that failed")
+
+    def take_stall(self) -> float:
+        """Milliseconds that saves held training up since the last call."""
+        stalled, self._stalled = self._stalled, 0.0
+        return 1000 * stalled
