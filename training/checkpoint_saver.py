@@ -25,7 +25,7 @@ from training.checkpoint_storage import (
     write_parts,
 )
 from training.exchange import exchange, to_all
-from training.faults import Faults, Passing
+from training.faults import Faults
 from training.manifest import Manifest, TensorEntry
 
 
@@ -69,7 +69,12 @@ class CheckpointSaver:
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._ended: Ended | None = None
-        self._done_here = threading.Event()
+        self.written = threading.Event()
+        """This rank's file of the last save is on disk, or never will be."""
+        self.all_written = threading.Event()
+        """Those of all ranks are, as rank 0 knows, which then finishes the checkpoint; or the save is over."""
+        self.written.set()
+        self.all_written.set()
 
     def require_space(self, tensors: Mapping[str, TensorPart | torch.Tensor]) -> None:
         """Collective. Raises StorageError on every rank where a checkpoint of `tensors` finds no room on the disk."""
@@ -92,7 +97,8 @@ class CheckpointSaver:
         if not self._asynchronous:
             self._write(writer, step, plan.size, own)
             return
-        self._done_here.clear()
+        self.written.clear()
+        self.all_written.clear()
         passing("checkpoint.stage")
         own = self._copied(own)
         if self._group is None:
@@ -100,11 +106,6 @@ class CheckpointSaver:
         arguments = writer, step, plan.size, own
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-
-    def wait_for_own_part(self) -> None:
-        """Until this rank has done its own part of the last save, and only others may still be at theirs."""
-        if self._thread is not None:
-            self._done_here.wait()
 
     def ended(self, *, wait: bool = False) -> Ended | None:
         """What came of the last save, once; None where it goes on, or nothing is new. Ranks may see it at different
@@ -147,7 +148,17 @@ class CheckpointSaver:
         try:
             folder = exchange(lambda: None, to_all(lambda _: writer.begin(size)), doing, self._group)
             file = folder / f"rank_{dist.get_rank():05d}.safetensors"
-            exchange(lambda: self._write_own(file, own, passing), writer.finish, doing, self._group)
+
+            def write() -> WrittenFile | None:
+                written = write_parts(file, own, passing) if own else None
+                self.written.set()
+                return written
+
+            def finish(files: list[WrittenFile | None]) -> list[None]:
+                self.all_written.set()
+                return writer.finish(files)
+
+            exchange(write, finish, doing, self._group)
         except Exception as failure:
             error = failure
             if dist.get_rank() == 0:
@@ -155,13 +166,8 @@ class CheckpointSaver:
                 with contextlib.suppress(OSError):
                     tidy(self._directory)
         self._ended = Ended(step, error)
-        self._done_here.set()
-
-    def _write_own(self, file: Path, own: dict[str, TensorPart], passing: Passing) -> WrittenFile | None:
-        written = write_parts(file, own, passing) if own else None
-        if dist.get_rank() > 0:  # rank 0 also finishes the checkpoint
-            self._done_here.set()
-        return written
+        self.written.set()
+        self.all_written.set()
 
 
 def save_checkpoint(

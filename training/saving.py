@@ -59,9 +59,12 @@ class Saving:
 
     def wait(self) -> None:
         """Until the last save is over on all ranks."""
+        # Each rank says what is its own to do, and nothing while it waits for others.
         with self._heartbeat.during("writing a checkpoint"):
-            self._saver.wait_for_own_part()
-        self.look(wait=True)
+            self._saver.written.wait()
+        self._saver.all_written.wait()
+        with self._heartbeat.during("finishing a checkpoint" if self._recorder else None):
+            self.look(wait=True)
 
     def look(self, *, wait: bool = False) -> None:
         """Take note of a save that is over. Too many that failed in a row ask the run to stop."""
