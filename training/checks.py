@@ -77,7 +77,7 @@ def check_choices(config: RunConfig) -> Iterator[str]:
         works = available.get(key, choices)
         known = ", ".join(map(show, works))
         if choices and value not in choices and not (value is None and item.default is None):
-            guess = closest(str(value), map(str, works))
+            guess = closest(str(value).lower(), map(str, works))
             yield f"{key}={show(value)}: {f'did you mean {guess}? ' if guess else ''}known: {known}"
         elif key in available and value not in works:
             use = f"{key}={known}" if len(works) == 1 else f"one of {known}"
@@ -172,6 +172,8 @@ def check_world(config: RunConfig) -> Iterator[str]:
         rules = [f"{' * '.join(fixed)} = {product} must {'divide' if remains else 'equal'} {world}"]
         rules += [f"{key} may be {choices}" for key, choices in legal.items() if choices]
     rules.append(f"world_size={multiples_near(world, product) if remains else product} fits")
+    if world == 1:
+        rules.append(f"`torchrun --standalone --nproc-per-node={product} pretrain_gpt.py ...` starts as many")
     yield f"world_size={world} with {stated}: {'; '.join(rules)}"
 
 

@@ -126,6 +126,7 @@ BAD = [
         "try parallel.pp=2 or parallel.virtual_stages=3 or model.num_layers=16",
     ),
     ("parallel.pp=2 parallel.pp_schedule=zbvv world_size=2", "did you mean zbv?"),
+    ("parallel.pp_schedule=1F1B", "did you mean 1f1b?"),
     ("parallel.pp=2 parallel.virtual_stages=2 world_size=2", "1f1b has one stage a rank", "pp_schedule=interleaved"),
     ("parallel.pp=2 parallel.pp_schedule=zbv parallel.virtual_stages=3 world_size=2", "two stages a rank", "2 or null"),
     ("parallel.pp=2 parallel.pp_schedule=interleaved parallel.virtual_stages=1 world_size=2", "several stages a rank"),
@@ -170,6 +171,7 @@ BAD = [
         "world_size=6 parallel.tp=4",
         "world_size=6 with parallel.tp=4: tp must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits",
     ),
+    ("parallel.pp=2", "world_size=2 fits; `torchrun --standalone --nproc-per-node=2 pretrain_gpt.py ...`"),
     ("world_size=6 parallel.dp_replicate=4", "dp_replicate must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits"),
     (f"{GPT2} world_size=10 parallel.tp=4", "tp must divide 10: 1, 2, 5, 10 (the model allows 1, 2)"),
     (
@@ -311,6 +313,9 @@ def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         resolve(compose(["data=files", "parallel.cp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
     assert len(caught.value.args) == 6  # one rank is no multiple of cp=2 either
+    with pytest.raises(ConfigError) as caught:
+        resolve(compose(["parallel.layers_per_stage=[1,0,0]"]), {})
+    assert len(caught.value.args) == 1
 
 
 @pytest.mark.parametrize(
