@@ -12,7 +12,7 @@ from typing import Any
 from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity
 from parallel.stages import takes
-from training.advice import divisors, multiples_near, near_divisors, nearest
+from training.advice import counted, divisors, multiples_near, near_divisors, nearest
 from training.config import RunConfig
 from training.parameter_groups import parse_group
 from training.pipeline_checks import (
@@ -274,7 +274,7 @@ def check_batch(config: RunConfig) -> Iterator[str]:
     def fits(count: int) -> bool:
         return layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count)
 
-    why = f"{ranks} data-parallel ranks" + (f" * train.micro_batch_size={micro}" if micro else "")
+    why = counted(ranks, "data-parallel rank") + (f" * train.micro_batch_size={micro}" if micro else "")
     for size in sizes if ranks >= 1 else []:
         if size % unit == 0:
             continue

@@ -179,3 +179,8 @@ def test_a_check_of_one_layout_names_its_tensor_parallel_ranks():
     assert "24 samples a step: 6 groups of 2 ranks * micro-batch 4 * 1 accumulated" in said
     said = summary(resolve(compose([*words, "parallel.sequence=false"]), {}))
     assert "= 12 ranks, without sequence parallelism\n" in said
+    said = summary(resolve(compose(["world_size=4", "parallel.pp=4"]), {}))
+    assert "stages      [3, 3, 3, 3] layers, 1f1b\n" in said
+    assert " 1 group of 4 ranks * micro-batch 2 * 4 accumulated" in said
+    said = summary(resolve(compose(["parallel.pp_schedule=zbv"]), {}))
+    assert "stages      1: parallel.pp_schedule=zbv counts from parallel.pp=2 on\n" in said

@@ -139,11 +139,12 @@ BAD = [
         "parallel.pp=2 parallel.layers_per_stage=[5,6,1] world_size=2",
         "has 12 layers in 3 stages, but there are model.num_layers=12 in 2; try [6, 6]",
     ),
+    ("parallel.pp=2 parallel.layers_per_stage=[1] world_size=2", "has 1 layer in 1 stage, but there are"),
     ("parallel.pp=2 parallel.layers_per_stage=[12,0] world_size=2", "must be at least 1"),
     (
         "parallel.pp=4 world_size=4 train.micro_batch_size=4",
         "parallel.pp_schedule=1f1b needs at least 4 micro-batches a step, but a global batch of 8 over 1 "
-        "data-parallel ranks * 4 samples gives 2",
+        "data-parallel rank * 4 samples gives 2",
         "try train.micro_batch_size=2, or train.global_batch_size=16",
     ),
     (
