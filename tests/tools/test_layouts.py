@@ -78,6 +78,11 @@ def test_the_table_shows_each_layout_and_what_excludes_the_rest(capsys):
     assert rows[-1] == ["32", "true", "2", "1", "4", "1", "8.18"]
     assert any(line.startswith("not tp=1, dp=64: train.global_batch_size=8 is not divisible by 64") for line in lines)
     assert any(line.startswith("not tp=64, dp=1: parallel.tp=64 does not divide model.num_att") for line in lines)
+    assert any("parallel.pp=N lists those with pipelines" in line for line in lines)
+    assert any(line.endswith("gathers with parallel.zero=3: the weights of the layer at hand") for line in lines)
+    _, lines = listed(capsys, "world_size=8", "parallel.pp=2", "parallel.tp=2")
+    assert not any("parallel.pp=N" in line for line in lines)
+    assert any("gathers with parallel.zero=1: a rank's whole weights" in line for line in lines)
 
 
 def test_sizes_that_are_given_are_kept(capsys):
