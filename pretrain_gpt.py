@@ -58,7 +58,7 @@ def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
         resolve(compose(run), environment)
     codes = []
     for number, run in enumerate(runs, start=1):
-        print(f"run {number}/{len(runs)}: {' '.join(run)}", flush=True)
+        say(f"run {number}/{len(runs)}: {' '.join(run)}", environment)
         codes.append(subprocess.run([sys.executable, __file__, *run], check=False).returncode)
     return next((code for code in codes if code != 0), 0)
 
@@ -78,9 +78,11 @@ def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
 
 
 def say(text: str, environment: Mapping[str, str], file: TextIO | None = None) -> int:
-    """Prints on rank 0 only; returns the exit code of a process that has nothing more to do."""
+    """Prints on rank 0 only; returns the exit code of a process that has nothing more to do, 0 also where nobody reads
+    any more (`| head`)."""
     if environment.get("RANK", "0") == "0":
-        print(text, file=file or sys.stdout)
+        with suppress(BrokenPipeError):
+            print(text, file=file or sys.stdout, flush=True)
     return 0
 
 

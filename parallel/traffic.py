@@ -14,6 +14,7 @@ KINDS = {
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "alltoall_base_": "all_to_all",
+    "recv_": "receive",
     "all_reduce_": "all_reduce",
     "all_gather_into_tensor": "all_gather",
     "all_gather_into_tensor_out": "all_gather",

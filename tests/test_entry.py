@@ -59,6 +59,15 @@ def test_check_says_how_the_work_is_divided(tmp_path):
     assert "vocabulary  1,536" in done.stdout
 
 
+def test_a_reader_who_leaves_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", str(ENTRY), "check=true"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_and_the_composed_configuration_are_shown(tmp_path):
     assert start(tmp_path, "--help", "tp=2").stdout.startswith("Trains a GPT.")
     shown = start(tmp_path, "--cfg", "job", "train.steps=7")

@@ -34,16 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = None
     for name, purpose in tools.items():
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
         # only the tool that runs is imported, so that --help answers at once
         if words[:1] == [name]:
             tool = importlib.import_module(f"tools.{'import_model' if name == 'import' else name.replace('-', '_')}")
             tool.add_arguments(command)
-            command.set_defaults(run=tool.run)
-    parsed = parser.parse_args(words)
+            chosen, run = command, tool.run
+    if chosen is None:
+        parser.parse_args(words)  # shows help, or says what is wrong
+        return 0
+    # Options may stand between KEY=VALUE words; where -- ends them, what follows is left to the tool.
+    parsed = (chosen.parse_args if "--" in words else chosen.parse_intermixed_args)(words[1:])
     try:
-        return int(parsed.run(parsed))
+        return int(run(parsed))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Exception as error:

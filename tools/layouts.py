@@ -11,7 +11,7 @@ from data.errors import DataPathError, TokenizerError
 from data.vocabulary import find_vocabulary
 from parallel.config import ParallelConfig
 from parallel.stages import build_stages, stages_of_rank
-from training.advice import divisors
+from training.advice import counted, divisors
 from training.batch_schedule import either
 from training.checks import check_ranges
 from training.compose import compose, resolve
@@ -152,7 +152,7 @@ def _table(layouts: Layouts) -> Iterator[str]:
     count, pp = len(layouts.legal), first.parallel.pp
     stages = f", {pp} pipeline ranks ({first.parallel.pp_schedule})" if pp > 1 else ""
     yield (
-        f"{count} legal layout{'s' if count > 1 else ''} of {first.world_size} ranks for "
+        f"{counted(count, 'legal layout')} of {counted(first.world_size or 1, 'rank')} for "
         f"{first.model.parameter_count():,} parameters, {either(first.batches.sizes)} samples a step{stages}"
     )
     yield _row("tp", "sequence", "dp_replicate", "dp_shard", "micro_batch", "accumulated", "state GB/rank")
@@ -169,7 +169,14 @@ def _table(layouts: Layouts) -> Iterator[str]:
         )
     number = "float64" if first.train.precision == "fp64" else "float32"
     moments = "both moments of AdamW" if first.optimizer.name == "adamw" else "the moments of Muon and AdamW"
-    yield f"state: weights, gradients and {moments} in {number}; activations come on top"
+    zero, whole = first.parallel.zero_stage, "a rank's whole weights in the type of train.precision"
+    held = {1: f"{whole}, and their whole gradients", 2: whole, 3: "the weights of the layer at hand"}[zero]
+    yield (
+        f"state: weights, gradients and {moments} in {number}; activations come on top, and what data parallelism "
+        f"gathers with parallel.zero={zero}: {held}"
+    )
+    if pp == 1 and (first.world_size or 1) > 1:
+        yield "all of them have parallel.pp=1; parallel.pp=N lists those with pipelines of N ranks"
     for sizes, problems in layouts.refused.items():
         yield from (f"not {sizes}: {problem}" for problem in problems)
 

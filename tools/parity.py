@@ -79,8 +79,8 @@ def scale_down(config: RunConfig) -> RunConfig:
 
     Heads, key/value heads and what they are shared by stay; the ratio of the MLP's width to the hidden size stays as
     near as ranks divide it. Worlds of more than RANKS ranks lose replicas, then shards; tensor parallelism and stages
-    stay, with layers divided anew. The
-    batch stays at its first size, and optimizer.groups go, as parameters that they name may.
+    stay, with layers divided anew: of parallel.layers_per_stage, stages of more layers than the smallest one have two.
+    The batch stays at its first size, and optimizer.groups go, as parameters that they name may.
     """
     layout = smaller_layout(config.parallel)
     micro_batch_size, accumulation = min(2, config.micro_batch_size), min(2, config.accumulation_steps)
@@ -114,7 +114,9 @@ def smaller_layout(layout: ParallelConfig) -> ParallelConfig:
     for least in (2, 1):
         replicate = min(replicate, max(least, RANKS // (fixed * shard)))
         shard = min(shard, max(least, RANKS // (fixed * replicate)))
-    return replace(layout, dp_replicate=replicate, dp_shard=shard, layers_per_stage=None)
+    given = layout.layers_per_stage if layout.pp > 1 else None
+    layers = given and [1 + (number > min(given)) for number in given]
+    return replace(layout, dp_replicate=replicate, dp_shard=shard, layers_per_stage=layers)
 
 
 def smaller_model(model: ModelConfig, layout: ParallelConfig, seq_length: int) -> ModelConfig:
@@ -126,7 +128,7 @@ def smaller_model(model: ModelConfig, layout: ParallelConfig, seq_length: int) -
     ffn_size = max(1, round(model.ffn_size / model.hidden_size * hidden_size / layout.tp)) * layout.tp
     return replace(
         model,
-        num_layers=min(max(LAYERS, layout.stages), model.num_layers),
+        num_layers=sum(layout.layers_per_stage or [min(max(LAYERS, layout.stages), model.num_layers)]),
         hidden_size=min(hidden_size, model.hidden_size),
         head_dim=None if model.head_dim is None else head_dim,
         ffn_hidden_size=min(ffn_size, model.ffn_size),

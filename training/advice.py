@@ -1,6 +1,11 @@
-"""Numbers near a wrong one that would work, for messages."""
+"""Numbers in messages: near a wrong one that would work, and with what they count."""
 
 import math
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 rank, 2 ranks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def divisors(number: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity
 from parallel.stages import takes
-from training.advice import divisors, multiples_near, near_divisors, nearest
+from training.advice import counted, divisors, multiples_near, near_divisors, nearest
 from training.config import RunConfig
 from training.parameter_groups import parse_group
 from training.pipeline_checks import (
@@ -77,7 +77,7 @@ def check_choices(config: RunConfig) -> Iterator[str]:
         works = available.get(key, choices)
         known = ", ".join(map(show, works))
         if choices and value not in choices and not (value is None and item.default is None):
-            guess = closest(str(value), map(str, works))
+            guess = closest(str(value).lower(), map(str, works))
             yield f"{key}={show(value)}: {f'did you mean {guess}? ' if guess else ''}known: {known}"
         elif key in available and value not in works:
             use = f"{key}={known}" if len(works) == 1 else f"one of {known}"
@@ -172,6 +172,8 @@ def check_world(config: RunConfig) -> Iterator[str]:
         rules = [f"{' * '.join(fixed)} = {product} must {'divide' if remains else 'equal'} {world}"]
         rules += [f"{key} may be {choices}" for key, choices in legal.items() if choices]
     rules.append(f"world_size={multiples_near(world, product) if remains else product} fits")
+    if world == 1:
+        rules.append(f"`torchrun --standalone --nproc-per-node={product} pretrain_gpt.py ...` starts as many")
     yield f"world_size={world} with {stated}: {'; '.join(rules)}"
 
 
@@ -272,7 +274,7 @@ def check_batch(config: RunConfig) -> Iterator[str]:
     def fits(count: int) -> bool:
         return layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count)
 
-    why = f"{ranks} data-parallel ranks" + (f" * train.micro_batch_size={micro}" if micro else "")
+    why = counted(ranks, "data-parallel rank") + (f" * train.micro_batch_size={micro}" if micro else "")
     for size in sizes if ranks >= 1 else []:
         if size % unit == 0:
             continue

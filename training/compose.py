@@ -90,7 +90,7 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
             filled = replace(filled, parallel=replace(layout, dp_shard=remaining))
         problems += check_relations(filled)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))  # two numbers of a list may be wrong alike
     return replace(
         filled,
         schedule=replace(filled.schedule, steps=filled.schedule_steps),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from training.batch_schedule import either, parse_batch_schedule
 from training.config import RunConfig
 from training.metrics import EvaluationMetrics, StepMetrics
+from training.summary import describe_stages
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,7 +36,8 @@ class Console:
         by_tokens = f" ({config.train.batch_schedule})" if config.train.batch_schedule else ""
         all_tokens = self._batches.consumed_after(self._total) * config.seq_length
         sizes = {name: getattr(parallel, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
-        axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        details = {"pp": f" ({describe_stages(config)})"} if parallel.pp > 1 else {}
+        axes = " ".join(f"{name}={size}{details.get(name, '')}" for name, size in sizes.items() if size > 1)
         world = parallel.pp * parallel.dp * parallel.cp * parallel.tp
         ranks = f"{world} ranks, {axes}" if world > 1 else "1 process"
         self.note(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
-from training.advice import divisors
+from training.advice import counted, divisors
 from training.config import RunConfig
 
 
@@ -75,8 +75,8 @@ def check_stages(config: RunConfig) -> Iterator[str]:
     given = layout.layers_per_stage
     if given is not None and (len(given), sum(given)) != (layout.stages, layers):
         yield (
-            f"parallel.layers_per_stage={given} has {sum(given)} layers in {len(given)} stages, but there are "
-            f"model.num_layers={layers} in {layout.stages}; try {config.balanced_layers}"
+            f"parallel.layers_per_stage={given} has {counted(sum(given), 'layer')} in {counted(len(given), 'stage')}, "
+            f"but there are model.num_layers={layers} in {layout.stages}; try {config.balanced_layers}"
         )
 
 
@@ -106,8 +106,8 @@ def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
         constant = config.train.batch_schedule is None
         advice += [f"train.global_batch_size={nearest}" if constant else f"a size of {nearest}"]
         yield (
-            f"parallel.pp={layout.pp} with parallel.pp_schedule={schedule} needs {needs} a step, but a "
-            f"global batch of {size} over {ranks} data-parallel ranks * {micro} samples gives {number}; "
+            f"parallel.pp={layout.pp} with parallel.pp_schedule={schedule} needs {needs} a step, but a global batch of "
+            f"{size} over {counted(ranks, 'data-parallel rank')} * {counted(micro, 'sample')} gives {number}; "
             f"try {', or '.join(advice)}"
         )
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ACTION_COLOURS = {"F": "#2a6fbb", "B": "#d1495b", "I": "#d1495b", "W": "#3f9b6b"}
 BLUE, RED, INK, GREY, RULE = "#2a6fbb", "#d1495b", "#22272e", "#6b7480", "#e4e7eb"
+PALER = 0.72
 
 
 def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> Path | None:
@@ -72,7 +73,7 @@ def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> b
     axes = figure.add_subplot()
     end = max(span.end for span in spans)
     for rank, (kind, stage, number), start, stop in spans:
-        alpha = 1.0 if stage < ranks else 0.72
+        alpha = 1.0 if stage < ranks else PALER
         axes.barh(
             rank, stop - start, 0.9, start, color=ACTION_COLOURS[kind], alpha=alpha, edgecolor="white", linewidth=0.4
         )
@@ -81,6 +82,8 @@ def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> b
     for kind, words in WORDS.items():
         if any(span.action.kind == kind for span in spans):
             axes.barh(0, 0, color=ACTION_COLOURS[kind], label=words)
+    if any(span.action.stage >= ranks for span in spans):
+        axes.barh(0, 0, color=GREY, alpha=PALER, label="paler: a rank's other stages")
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     axes.invert_yaxis()
     axes.set_xlim(0, end)
@@ -88,7 +91,7 @@ def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> b
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors=GREY, length=0, labelsize=8)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.0 + 0.6 / ranks), ncols=4, frameon=False, fontsize=8)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.0 + 0.6 / ranks), ncols=5, frameon=False, fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

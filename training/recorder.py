@@ -38,6 +38,10 @@ class Recorder:
         """Put down that the run goes on from `step`, and open what its metrics are repeated to."""
         self.running(step)
         log, run_dir, note = self.config.log, self.directory.path, self.console.note
+        train = self.config.train
+        for key, last in ("profile", max(train.profile_steps, default=None)), ("timeline_step", train.timeline_step):
+            if last is not None and last <= step:
+                note(f"train.{key}={getattr(train, key)} records nothing: the run goes on from step {step}")
         self._mirrors = [open_wandb(log.wandb, log.wandb_project, run_dir, self.config.name, asdict(self.config), note)]
         if log.tensorboard:
             self._mirrors.append(open_tensorboard(run_dir, step, note))

@@ -155,3 +155,12 @@ def test_a_step_moves_what_the_formula_says(model, tp, dp_shard, sequence, zero,
     )
     for found in run_ranks(tp * dp_shard, one_step, config):
         assert dict(found) == dict(formula(config))
+
+
+def test_stages_send_and_receive_what_lies_between_them():
+    train = TrainConfig(global_batch_size=SAMPLES, micro_batch_size=2, precision="fp64")
+    config = RunConfig(model=LLAMA, parallel=ParallelConfig(pp=2, dp_shard=1), train=train)
+    activations = SAMPLES * SEQ * LLAMA.hidden_size * ITEM
+    for found in run_ranks(2, one_step, config):
+        sent_and_received = [found["pp", "send"], found["pp", "receive"]]
+        assert sent_and_received == pytest.approx([activations] * 2, abs=8), "but for the opening of connections"

@@ -27,7 +27,7 @@ def test_help_lists_the_tools_and_imports_nothing_heavy() -> None:
     [
         ([], "required: COMMAND"),
         (["prepar"], "invalid choice: 'prepar'"),
-        (["prepare"], "required: INPUT, --output, --tokenizer"),
+        (["prepare"], "required: --output, --tokenizer"),
         (["prepare", "a", "--output", "b", "--tokenizer", "bytes", "--seed", "x"], "invalid int value"),
         (["prepare", "a", "--output", "b", "--tokenizer", "bytes", "--document-separator", ""], "cuts nowhere"),
     ],

@@ -78,6 +78,11 @@ def test_the_table_shows_each_layout_and_what_excludes_the_rest(capsys):
     assert rows[-1] == ["32", "true", "2", "1", "4", "1", "8.18"]
     assert any(line.startswith("not tp=1, dp=64: train.global_batch_size=8 is not divisible by 64") for line in lines)
     assert any(line.startswith("not tp=64, dp=1: parallel.tp=64 does not divide model.num_att") for line in lines)
+    assert any("parallel.pp=N lists those with pipelines" in line for line in lines)
+    assert any(line.endswith("gathers with parallel.zero=3: the weights of the layer at hand") for line in lines)
+    _, lines = listed(capsys, "world_size=8", "parallel.pp=2", "parallel.tp=2")
+    assert not any("parallel.pp=N" in line for line in lines)
+    assert any("gathers with parallel.zero=1: a rank's whole weights" in line for line in lines)
 
 
 def test_sizes_that_are_given_are_kept(capsys):
@@ -179,3 +184,8 @@ def test_a_check_of_one_layout_names_its_tensor_parallel_ranks():
     assert "24 samples a step: 6 groups of 2 ranks * micro-batch 4 * 1 accumulated" in said
     said = summary(resolve(compose([*words, "parallel.sequence=false"]), {}))
     assert "= 12 ranks, without sequence parallelism\n" in said
+    said = summary(resolve(compose(["world_size=4", "parallel.pp=4"]), {}))
+    assert "stages      [3, 3, 3, 3] layers, 1f1b\n" in said
+    assert " 1 group of 4 ranks * micro-batch 2 * 4 accumulated" in said
+    said = summary(resolve(compose(["parallel.pp_schedule=zbv"]), {}))
+    assert "stages      1: parallel.pp_schedule=zbv counts from parallel.pp=2 on\n" in said

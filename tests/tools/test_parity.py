@@ -79,6 +79,14 @@ def test_the_structure_of_a_large_model_stays():
     assert (small.train.recompute, small.train.precision, small.optimizer.eps) == ("full", "fp64", 1e-8)
 
 
+def test_stages_that_are_uneven_stay_so():
+    words = ["model=tiny", "parallel.pp=2", "world_size=2"]
+    for counts, wanted in (("[8,4]", [2, 1]), ("[6,6]", [1, 1]), ("null", [1, 1])):
+        small = scale_down(resolved(*words, f"parallel.layers_per_stage={counts}"))
+        assert (small.layers_per_stage, small.model.num_layers) == (wanted, sum(wanted))
+        assert problems(small) == []
+
+
 def test_a_window_stays_shorter_than_the_sequence():
     words = ["model=qwen3_8b", "world_size=2"]
     assert scale_down(resolved(*words)).model.sliding_window is None

@@ -5,15 +5,8 @@ from tools.cli import main
 
 def test_a_schedule_is_printed_and_drawn(tmp_path, capsys):
     picture = tmp_path / "new" / "picture.png"
-    words = [
-        "parallel.pp=2",
-        "parallel.pp_schedule=zbv",
-        "parallel.tp=4",
-        "--microbatches",
-        "5",
-        "--output",
-        str(picture),
-    ]
+    words = ["parallel.pp=2", "--microbatches", "5", "parallel.pp_schedule=zbv", "--output", str(picture)]
+    words += ["parallel.tp=4"]
     assert main(["timeline", *words]) == 0
     said = capsys.readouterr().out
     assert said.startswith("rank 0 F0F1")

@@ -127,6 +127,7 @@ BAD = [
         "try parallel.pp=2 or parallel.virtual_stages=3 or model.num_layers=16",
     ),
     ("parallel.pp=2 parallel.pp_schedule=zbvv world_size=2", "did you mean zbv?"),
+    ("parallel.pp_schedule=1F1B", "did you mean 1f1b?"),
     ("parallel.pp=2 parallel.virtual_stages=2 world_size=2", "1f1b has one stage a rank", "pp_schedule=interleaved"),
     ("parallel.pp=2 parallel.pp_schedule=zbv parallel.virtual_stages=3 world_size=2", "two stages a rank", "2 or null"),
     ("parallel.pp=2 parallel.pp_schedule=interleaved parallel.virtual_stages=1 world_size=2", "several stages a rank"),
@@ -139,11 +140,12 @@ BAD = [
         "parallel.pp=2 parallel.layers_per_stage=[5,6,1] world_size=2",
         "has 12 layers in 3 stages, but there are model.num_layers=12 in 2; try [6, 6]",
     ),
+    ("parallel.pp=2 parallel.layers_per_stage=[1] world_size=2", "has 1 layer in 1 stage, but there are"),
     ("parallel.pp=2 parallel.layers_per_stage=[12,0] world_size=2", "must be at least 1"),
     (
         "parallel.pp=4 world_size=4 train.micro_batch_size=4",
         "parallel.pp_schedule=1f1b needs at least 4 micro-batches a step, but a global batch of 8 over 1 "
-        "data-parallel ranks * 4 samples gives 2",
+        "data-parallel rank * 4 samples gives 2",
         "try train.micro_batch_size=2, or train.global_batch_size=16",
     ),
     (
@@ -171,6 +173,7 @@ BAD = [
         "world_size=6 parallel.tp=4",
         "world_size=6 with parallel.tp=4: tp must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits",
     ),
+    ("parallel.pp=2", "world_size=2 fits; `torchrun --standalone --nproc-per-node=2 pretrain_gpt.py ...`"),
     ("world_size=6 parallel.dp_replicate=4", "dp_replicate must divide 6: 1, 2, 3, 6; world_size=4 or 8 fits"),
     (f"{GPT2} world_size=10 parallel.tp=4", "tp must divide 10: 1, 2, 5, 10 (the model allows 1, 2)"),
     (
@@ -312,6 +315,9 @@ def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         resolve(compose(["data=files", "parallel.cp=2", "name=a/b", "train.precision=fp8", "schedule.min_lr=1"]), {})
     assert len(caught.value.args) == 6  # one rank is no multiple of cp=2 either
+    with pytest.raises(ConfigError) as caught:
+        resolve(compose(["parallel.layers_per_stage=[1,0,0]"]), {})
+    assert len(caught.value.args) == 1
 
 
 @pytest.mark.parametrize(

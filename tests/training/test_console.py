@@ -137,6 +137,17 @@ def test_start_says_model_batch_layout_and_directory_in_at_most_five_lines():
         assert said in text
 
 
+def test_start_says_how_a_pipeline_is_divided():
+    stream = io.StringIO()
+    config = RunConfig(
+        model=ModelConfig(num_layers=5, vocab_size=99),
+        parallel=ParallelConfig(pp=2, tp=2, dp_shard=1, pp_schedule="gpipe", layers_per_stage=[3, 2]),
+        train=TrainConfig(micro_batch_size=1),
+    )
+    Console(300, interactive=False, stream=stream).start(config, 1000, "cpu")
+    assert "ranks  4 ranks, pp=2 ([3, 2] layers, gpipe) tp=2, fp32 on cpu;" in stream.getvalue()
+
+
 def test_a_growing_batch_is_said_and_the_eta_knows_of_it():
     stream = io.StringIO()
     config = RunConfig(

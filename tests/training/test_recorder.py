@@ -53,6 +53,15 @@ def test_one_rank_has_no_speed_of_its_own(recorder):
     assert said(recorder, 0, 0) == [[], []]
 
 
+def test_steps_to_record_that_lie_before_the_start_are_said(recorder):
+    for profile, timeline_step, notes in (("2-3", 3, 2), ("2-4", 4, 0), (None, None, 0)):
+        train = replace(recorder.config.train, profile=profile, timeline_step=timeline_step)
+        recorder.config = replace(recorder.config, train=train)
+        recorder.console = Console(9, interactive=False, stream=io.StringIO())
+        recorder.start(3)
+        assert recorder.console._stream.getvalue().count("records nothing: the run goes on from step 3\n") == notes
+
+
 def test_the_status_is_written_before_a_picture_is_drawn(tmp_path, monkeypatch):
     directory, seen = RunDirectory(tmp_path), []
     monkeypatch.setattr(recorder_module, "plot_loss", lambda *_: seen.append(directory.read_status().state))
