@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class Job:
         return subprocess.Popen(
             [sys.executable, *command, *self.command, *words],
             cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
 
     def start(self, fault: str = "", *words: str) -> Start:
@@ -69,7 +71,9 @@ class Job:
         try:
             _, said = process.communicate(timeout=120)
         finally:
-            process.kill()
+            # torchrun that is killed leaves its ranks behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return Start(process.returncode, said)
 
     def start_quickly(self, fault: str = "", *words: str) -> Start:
