@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -62,7 +61,6 @@ class Job:
         return subprocess.Popen(
             [sys.executable, *command, *self.command, *words],
             cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
         )  # fmt: skip
 
     def start(self, fault: str = "", *words: str) -> Start:
@@ -71,9 +69,10 @@ class Job:
         try:
             _, said = process.communicate(timeout=120)
         finally:
-            # torchrun that is killed leaves its ranks behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                # Not killed: torchrun would leave its ranks behind.
+                process.terminate()
+                process.communicate(timeout=60)
         return Start(process.returncode, said)
 
     def start_quickly(self, fault: str = "", *words: str) -> Start:
