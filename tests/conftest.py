@@ -35,6 +35,19 @@ def server_of_ranks():
     multiprocessing.forkserver.ensure_running()
 
 
+@pytest.fixture(scope="session")
+def runs_folder(tmp_path_factory):
+    """name -> a place for runs; all of them share the sample corpus, which takes seconds to prepare."""
+    corpus = tmp_path_factory.mktemp("sample_corpus")
+
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "sample_corpus").symlink_to(corpus)
+        return folder
+
+    return make
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` need CUDA."""
     if not torch.cuda.is_available():

@@ -22,8 +22,8 @@ SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48"
 
 
 @pytest.fixture(scope="module")
-def out_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def out_dir(runs_folder):
+    return runs_folder("runs")
 
 
 def one_rank(rank, world_size, words, visible):

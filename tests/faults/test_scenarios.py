@@ -16,8 +16,8 @@ IN_PIPELINES = [(1, "checkpoint.stage"), (1, "checkpoint.write"), (0, "checkpoin
 
 
 @pytest.fixture(scope="session")
-def out_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
+def out_dir(runs_folder):
+    return runs_folder("faults")
 
 
 @pytest.fixture(scope="session")

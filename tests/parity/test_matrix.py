@@ -30,7 +30,7 @@ def test_the_layout_computes_what_one_process_does(entry):
     assert verify(configuration(*entry)).verdict == "equal"
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("entry", [*of_each_kind(), PIPELINE], ids=identity)
 def test_other_precisions_stay_close(entry, precision):
     numbers, gradients = TOLERANCES[precision]
@@ -69,7 +69,10 @@ def long_run(rank, world_size, config, batches):
     return trajectory and trajectory.faults
 
 
-@pytest.mark.parametrize(("model_name", "case"), REPLICATED)
+@pytest.mark.parametrize(
+    ("model_name", "case"),
+    [*REPLICATED[:1], *(pytest.param(*entry, marks=pytest.mark.slow) for entry in REPLICATED[1:])],
+)
 def test_after_twenty_bf16_steps_replicas_are_bit_identical(model_name, case):
     usual = {"tied": True, "recompute": "none", "accumulation": 1, "dropout": 0.2, "optimizer": "adamw"}
     config = configuration(model_name, usual | case, "bf16")

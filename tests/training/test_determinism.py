@@ -42,8 +42,8 @@ def rank_with_a_bad_operation(rank, world_size, words):
 
 
 @pytest.fixture(scope="module")
-def out_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def out_dir(runs_folder):
+    return runs_folder("runs")
 
 
 def written(out_dir, name):
@@ -56,7 +56,10 @@ def written(out_dir, name):
 
 @pytest.mark.parametrize(
     "layout",
-    [["parallel.dp_shard=2"], ["parallel.pp=2", "parallel.pp_schedule=interleaved"]],
+    [
+        pytest.param(["parallel.dp_shard=2"], marks=pytest.mark.slow),
+        ["parallel.pp=2", "parallel.pp_schedule=interleaved"],
+    ],
     ids=["shards", "pipeline"],
 )
 def test_two_runs_are_equal_bit_for_bit(out_dir, layout, monkeypatch):

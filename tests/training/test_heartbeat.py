@@ -49,11 +49,11 @@ def rank_that_fails(action, who, at, words):
 @pytest.mark.parametrize(
     ("schedule", "action", "who", "at", "doing"),
     [
-        ("1f1b", "hang unnoticed", 1, 13, "backward pass of micro-batch 5"),
         *(
             pytest.param(*case, marks=pytest.mark.faults)
             for case in (
                 ("1f1b", "hang", 1, 13, "backward pass of micro-batch 5"),
+                ("1f1b", "hang unnoticed", 1, 13, "backward pass of micro-batch 5"),
                 ("zb", "stop", 0, 11, ""),
                 ("zbv", "stop", 1, 20, ""),
             )

@@ -25,8 +25,8 @@ def one_rank(rank, world_size, words):
 
 
 @pytest.fixture(scope="module")
-def out_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def out_dir(runs_folder):
+    return runs_folder("runs")
 
 
 def train(out_dir, name, ranks, *words):

@@ -71,9 +71,9 @@ def losses(run_dir):
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(runs_folder):
     """(folder with a run of each layout that stopped at step 3, the numbers of one that did not)"""
-    folder = tmp_path_factory.mktemp("matrix")
+    folder = runs_folder("matrix")
     words = [*WORDS, f"out_dir={folder}"]
     assert run_ranks(1, one_rank, [*words, "name=whole"], initialize=False) == [0]
     for layout, (ranks, settings) in LAYOUTS.items():

@@ -23,9 +23,9 @@ SMALL = ["model=tiny", "model.num_layers=2", "data=sample", "data.seq_length=32"
 
 
 @pytest.fixture(scope="module")
-def out_dir(tmp_path_factory):
+def out_dir(runs_folder):
     """One place for all runs, so that the sample corpus is prepared once."""
-    return tmp_path_factory.mktemp("runs")
+    return runs_folder("runs")
 
 
 def words(out_dir, name, *more):
@@ -119,7 +119,7 @@ def test_whatever_asks_the_next_start_goes_on(out_dir, uninterrupted):
 def test_a_signal_to_one_rank_stops_all_of_them_and_no_step_is_taken_twice(out_dir, uninterrupted):
     """In an evaluation and in a save no further step is taken, for those may have taken all the time there is."""
     run = words(out_dir, "told", "train.steps=30")
-    for place, step in [("_report", 3), ("_evaluate", 10), ("_save", 15)]:
+    for place, step in [("_report", 3), ("_evaluate", 10), ("_state", 15)]:
         assert start(2, run, place, None, signal.SIGUSR1, 1) == 75
         expected = {"state": "preempted", "step": step, "reason": "a signal to another rank"}
         assert status(out_dir, "told").items() >= expected.items()
