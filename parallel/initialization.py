@@ -33,20 +33,30 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give a model built on the meta device, sharded or not, memory on `device`, all zero.
+
+    Who fills it fills no padding, and what memory happens to hold there may be NaN, which no zero takes back.
+    """
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.zero_()
+
+
+@torch.no_grad()
 def materialize(model: nn.Module, seed: int, device: torch.device, init_device: torch.device | None = None) -> None:
     """Allocate a model built on the meta device, sharded or not, on `device` and fill it, one parameter at a time.
 
     Every module that owns parameters names their `initial_values`. Bit-identical in every layout on one kind of
     `init_device`, where they are drawn (default: `device`).
     """
-    model.to_empty(device=device)
+    allocate(model, device)
     shapes = logical_shapes(model)
     origin = init_device or device
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{own_name}"
             initial: InitialValue = module.initial_values[own_name]
-            parameter.zero_()  # padding stays so
             box = local_box(parameter, shapes[name])
             values = local_values(parameter, box)
             if isinstance(initial, Constant):

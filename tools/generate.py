@@ -64,6 +64,7 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     import torch
 
     from models.gpt import build_meta_model
+    from parallel.initialization import allocate
     from parallel.process_group import process_group
     from training.checkpoint import load_checkpoint
     from training.run_directory import restore_config
@@ -73,7 +74,7 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
         path, manifest = choose_run(run_dir, step)
         config = restore_config(manifest.state["config"])
         model = build_meta_model(config.model, torch.float32)
-        model.to_empty(device=process.device)
+        allocate(model, process.device)
         load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return config, model.eval(), path
 

@@ -20,7 +20,7 @@ from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, is_tokenizer_file
 from models.gpt import build_meta_model
-from parallel.initialization import materialize
+from parallel.initialization import allocate, materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
 from parallel.sharding import TensorPart, logical_shapes
@@ -261,7 +261,7 @@ class Trainer:
                 owned=True,
             )
         if chosen is not None:
-            model.to_empty(device=self.device)
+            allocate(model, self.device)
         else:
             materialize(model, config.seed, self.device, self._init_device())
         self.parameters = dict(model.named_parameters())

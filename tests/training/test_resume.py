@@ -106,6 +106,32 @@ def test_other_layouts_continue_as_one_process_would(out_dir, one_process):
     assert samples(out_dir, "changed") == samples(out_dir, "whole")
 
 
+def one_rank_in_bad_memory(rank, world_size, words):
+    """What is allocated and not filled holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    return one_rank(rank, world_size, words)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.tp=2"]),
+        pytest.param(4, ["parallel.tp=2", "parallel.dp_shard=2"], marks=pytest.mark.slow),
+        pytest.param(4, ["parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=1"], marks=pytest.mark.slow),
+        pytest.param(4, ["parallel.dp_shard=4"], marks=pytest.mark.slow),
+    ],
+    ids=["tp", "tp-shards", "tp-stages", "shards"],
+)
+def test_what_memory_happened_to_hold_reaches_nothing(out_dir, one_process, request, ranks, layout):
+    """257 tokens leave padding on ranks that share the rows of the vocabulary, and shards leave some on others."""
+    name = f"bad_memory_{request.node.callspec.id}"
+    words = [*WORDS, f"out_dir={out_dir}", f"name={name}"]
+    assert run_ranks(1, one_rank, [*words, "train.exit_after=3"], initialize=False) == [75]
+    assert set(run_ranks(ranks, one_rank_in_bad_memory, [*words, *layout], initialize=False)) == {0}
+    np.testing.assert_allclose(metrics(out_dir, name, *NUMBERS), one_process, rtol=1e-10)
+
+
 CHAIN = [
     (2, ["parallel.dp_shard=2"]),
     (2, ["parallel.pp=2", "parallel.pp_schedule=zbv"]),
