@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from training.errors import ConfigError, DamageError, StorageError
-from training.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
+from training.manifest import MANIFEST_NAME, TEMPORARY, Manifest, read_manifest, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,9 @@ def find(path: Path) -> list[Path]:
     else:
         folders = [path / "checkpoints", path] if path.name != "checkpoints" else [path]
         folder = next((folder for folder in folders if folder.is_dir()), path)
-        found = sorted((each for each in folder.glob("step_*") if each.is_dir()), reverse=True)
+        # What an interrupted save left is none, and the next one removes it.
+        whole = [each for each in folder.glob("step_*") if each.is_dir() and TEMPORARY not in each.name]
+        found = sorted(whole, reverse=True)
     if not found:
         raise ConfigError(f"{path} holds no checkpoint; say a run directory, such as outputs/run")
     return found
@@ -97,7 +99,7 @@ def verify_all(found: list[Path]) -> Iterator[str]:
         else:
             yield f"{path.name}: {len(manifest.files)} files, {_size(manifest) / 1e9:.3f} GB, all as they were written"
     if damaged:
-        raise DamageError(f"damaged: {', '.join(damaged)}; a run passes over what is damaged and takes the one before")
+        raise DamageError(f"damaged: {', '.join(damaged)}; a run that goes on takes the newest that is whole, if any")
 
 
 def _size(manifest: Manifest) -> int:

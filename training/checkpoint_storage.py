@@ -27,6 +27,7 @@ from training.faults import Passing, pass_by
 from training.manifest import (
     DTYPES,
     MANIFEST_NAME,
+    TEMPORARY,
     Chunk,
     FileEntry,
     Manifest,
@@ -37,7 +38,6 @@ from training.manifest import (
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
 CORRUPT = ".corrupt"
 

@@ -18,6 +18,8 @@ from data.files import LARGEST_JSON, sha256_of, unique_keys
 from training.errors import DamageError, StorageError
 
 MANIFEST_NAME = "manifest.json"
+TEMPORARY = ".tmp-"
+"""In the name of a checkpoint that is not finished."""
 FORMAT = 1
 DTYPES = {
     "F64": "float64",

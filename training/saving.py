@@ -80,11 +80,12 @@ class Saving:
             raise ended.error
         self._error = ended.error
         self._failures += 1
+        stops = self._failures > self._most_failures
         if self._recorder:
-            fate = f"training goes on (failure {self._failures} in a row; {self._most_failures} are borne)"
-            self._recorder.console.note(f"step {ended.step} is not saved, {fate}: {ended.error}")
-        if self._failures > self._most_failures:
-            self._stop.ask(f"{self._failures} checkpoints in a row that failed")
+            fate = f"failure {self._failures} in a row, {'which stops the run' if stops else 'training goes on'}"
+            self._recorder.console.note(f"step {ended.step} is not saved ({fate}): {ended.error}")
+        if stops:
+            self._stop.ask(f"saves that failed, {self._failures} in a row,")
 
     def take_stall(self) -> float:
         """Milliseconds that saves held training up since the last call."""

@@ -29,7 +29,7 @@ from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
 from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
-from training.checkpoint_storage import Retention
+from training.checkpoint_storage import Retention, step_directories
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError
 from training.faults import Faults
@@ -298,6 +298,9 @@ class Trainer:
         pending = manifest.state.get("evaluation_due", False)
         self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
         self._note(f"resumed from {path}")
+        left = [str(step) for step, _ in reversed(step_directories(path.parent)) if step > manifest.step]
+        if left:
+            self._note(f"the next save removes the checkpoints of later steps: {', '.join(left)}; copy what you want")
 
     def _init_device(self) -> torch.device:
         kind = self.config.train.init_device or self.device.type

@@ -24,6 +24,7 @@ def run_dir(tmp_path):
 
 
 def test_a_run_is_listed_shown_and_verified(run_dir, capsys):
+    (run_dir / "checkpoints" / "step_00000030.tmp-deadbeef").mkdir()
     assert main(["checkpoint", "list", str(run_dir)]) == 0
     _, newest, oldest = capsys.readouterr().out.splitlines()
     assert newest.startswith("step_00000020")
