@@ -77,3 +77,17 @@ def test_text_shows_who_does_what_when():
 def test_a_circle_is_named():
     with pytest.raises(ValueError, match="wait for each other"):
         simulate([[Action("B", 0, 0), Action("F", 0, 0)]], 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "a_rank", "micro_batches", "kept"),
+    [
+        ("interleaved", 2, 6, [12, 11, 9, 7]),
+        ("interleaved", 2, 7, [14, 12, 10, 8]),
+        ("interleaved", 3, 10, [17, 15, 13, 11]),
+        ("zb", 1, 8, [4, 4, 4, 4]),
+    ],
+)
+def test_a_promise_is_what_executed_orders_of_four_ranks_keep(schedule, a_rank, micro_batches, kept):
+    """Seen in orders that were executed, with rounds longer than there are ranks, and gradients of weights put off."""
+    assert [most_in_flight(schedule, 4, rank, a_rank, micro_batches) for rank in range(4)] == kept
