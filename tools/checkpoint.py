@@ -4,11 +4,12 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from training.advice import counted
 from training.errors import ConfigError, DamageError, StorageError
-from training.manifest import MANIFEST_NAME, TEMPORARY, Manifest, read_manifest, verify
+from training.manifest import CORRUPT, LEFT, MANIFEST_NAME, TEMPORARY, Manifest, read_manifest, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,38 +51,38 @@ def list_all(found: list[Path]) -> Iterator[str]:
         except StorageError as error:
             yield f"{path.name:28} {'':>8} {'':>6}  {'':19} {'':>9}  {error}"
             continue
-        saved = datetime.fromtimestamp((path / MANIFEST_NAME).stat().st_mtime).isoformat(" ", "seconds")
-        loss = manifest.state.get("eval_loss")
-        shown = "" if loss is None else f"{loss:.3f}"
+        saved, loss = _at(manifest.state, "saved"), _at(manifest.state, "eval_loss")
+        shown = f"{loss:.3f}" if isinstance(loss, float) else ""
         yield (
-            f"{path.name:28} {_size(manifest) / 1e9:8.3f} {len(manifest.files):6}  {saved:19} {shown:>9}  "
+            f"{path.name:28} {_size(manifest) / 1e9:8.3f} {len(manifest.files):6}  {saved or ''!s:19} {shown:>9}  "
             f"{_damage(path, manifest, 'sizes') or 'as long as they were'}"
         )
 
 
 def show(found: list[Path]) -> Iterator[str]:
     """What the newest of them says of itself."""
-    path, *_ = found
+    path = next((each for each in found if not _is_aside(each)), found[0])
     manifest = read_manifest(path)
-    state, config = manifest.state, manifest.state.get("config", {})
+    state, data = manifest.state, _at(manifest.state, "data")
     model = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
-    parallel = {key: config.get("parallel", {}).get(key, 1) for key in ("pp", "dp_replicate", "dp_shard", "tp")}
-    layout = [f"{key}={size}" for key, size in parallel.items() if size != 1]
+    parallel = {key: _at(state, "config", "parallel", key) for key in ("pp", "dp_replicate", "dp_shard", "tp")}
+    layout = [f"{key}={size}" for key, size in parallel.items() if size not in (1, None)]
     dtypes = Counter(entry.dtype for entry in manifest.tensors.values())
     rows = {
         "checkpoint": path,
         "step": manifest.step,
-        "consumed": f"{state.get('consumed_samples')} samples, {state.get('consumed_tokens')} tokens",
+        "saved": _at(state, "saved"),
+        "consumed": f"{_at(state, 'consumed_samples')} samples, {_at(state, 'consumed_tokens')} tokens",
         "parameters": f"{sum(math.prod(entry.shape) for entry in model.values()):,} in {len(model)} tensors",
         "other tensors": len(manifest.tensors) - len(model),
         "dtypes": ", ".join(f"{dtype} in {count} tensors" for dtype, count in dtypes.items()),
         "files": f"{len(manifest.files)}, {_size(manifest) / 1e9:.3f} GB",
-        "validation loss": state.get("eval_loss"),
+        "validation loss": _at(state, "eval_loss"),
         "saved by": " ".join(layout) or "one rank",
-        "optimizer": config.get("optimizer", {}).get("name"),
-        "precision": config.get("train", {}).get("precision"),
-        "data": ", ".join(f"{key} {value}" for key, value in state.get("data", {}).items()),
-        "torch": state.get("torch"),
+        "optimizer": _at(state, "config", "optimizer", "name"),
+        "precision": _at(state, "config", "train", "precision"),
+        "data": ", ".join(f"{key} {value}" for key, value in data.items()) if isinstance(data, dict) else None,
+        "torch": _at(state, "torch"),
     }
     yield from (f"{key:16} {value}" for key, value in rows.items() if value not in (None, ""))
 
@@ -90,6 +91,9 @@ def verify_all(found: list[Path]) -> Iterator[str]:
     """Hashes every file of every checkpoint. Raises DamageError at the end where one is not what was written."""
     damaged = []
     for path in found:
+        if len(found) > 1 and _is_aside(path):
+            yield f"{path.name}: set aside, none of the run's any more; say its path to verify it"
+            continue
         try:
             manifest = read_manifest(path)
             verify(path, manifest, "full")
@@ -97,9 +101,21 @@ def verify_all(found: list[Path]) -> Iterator[str]:
             damaged.append(path.name)
             yield f"{path.name}: {error}"
         else:
-            yield f"{path.name}: {len(manifest.files)} files, {_size(manifest) / 1e9:.3f} GB, all as they were written"
+            files = f"{counted(len(manifest.files), 'file')}, {_size(manifest) / 1e9:.3f} GB"
+            yield f"{path.name}: {files}, all as they were written"
     if damaged:
         raise DamageError(f"damaged: {', '.join(damaged)}; a run that goes on takes the newest that is whole, if any")
+
+
+def _is_aside(path: Path) -> bool:
+    return any(mark in path.name for mark in (CORRUPT, LEFT))
+
+
+def _at(state: Any, *keys: str) -> Any:
+    """What a state says under keys, one within the other; None where it is silent, as it is anybody's JSON."""
+    for key in keys:
+        state = state.get(key) if isinstance(state, dict) else None
+    return state
 
 
 def _size(manifest: Manifest) -> int:

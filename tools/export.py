@@ -50,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     from training.checkpoint import load_checkpoint
     from training.checkpoint_storage import TORCH_DTYPES
     from training.errors import ConfigError
-    from training.run_directory import restore_config
+    from training.stored_config import config_of
 
     output: Path = arguments.output
     if output.exists():
         raise ConfigError(f"{output} is there already; name a new directory")
     with process_group(timedelta(minutes=1), {}), temporary_directory(beside=output) as folder:
         path, manifest = choose_run(arguments.run_dir, arguments.step)
-        config = restore_config(manifest.state["config"])
+        config = config_of(path, manifest)
         # What an import found; a run that was trained has the family's own forms.
         origin = manifest.state.get("hugging_face", {})
         family = family_of(origin["config"]) if origin else family_for(config.model)

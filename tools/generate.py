@@ -67,12 +67,12 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     from parallel.initialization import allocate
     from parallel.process_group import process_group
     from training.checkpoint import load_checkpoint
-    from training.run_directory import restore_config
+    from training.stored_config import config_of
 
     # An empty environment: whatever launcher started this, it stays alone.
     with process_group(timedelta(minutes=1), {}) as process:
         path, manifest = choose_run(run_dir, step)
-        config = restore_config(manifest.state["config"])
+        config = config_of(path, manifest)
         model = build_meta_model(config.model, torch.float32)
         allocate(model, process.device)
         load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart, tensor_part
-from training.checkpoint_storage import REPLACED, read_parts, set_aside, step_directories, step_name
+from training.checkpoint_storage import read_parts, set_aside, step_directories, step_name
 from training.errors import DamageError, StorageError
 from training.exchange import exchange, to_all
-from training.manifest import Manifest, compare_hashes, compare_sizes, read_manifest
+from training.manifest import CORRUPT, REPLACED, Manifest, compare_hashes, compare_sizes, read_manifest
 
 DIRECTORY = "checkpoints"
 AUTO_HASHES_UP_TO = 50 * 10**9
@@ -103,7 +103,7 @@ def choose_checkpoint(
     """
     directory = run_dir / DIRECTORY
     damaged: list[tuple[Path, DamageError]] = []
-    for path in on_rank_zero(lambda: _candidates(directory, resume)):
+    for path in on_rank_zero(lambda: candidates(directory, resume)):
         try:
             manifest = on_rank_zero(partial(_manifest_of, path))
             verify_together(path, manifest, verify_mode, needed)
@@ -114,10 +114,9 @@ def choose_checkpoint(
             return path, manifest
     if damaged:
         # Not set aside: the next start would take the run for one that never saved.
+        found = "".join(f"\n  {path.name}: {error}" for path, error in damaged)
         raise StorageError(
-            f"no valid checkpoint in {directory} (looked at {', '.join(path.name for path, _ in damaged)}): "
-            f"{'; '.join(str(error) for _, error in damaged)}. "
-            "Restore a damaged file, or start a new run under another name"
+            f"no valid checkpoint in {directory}{found}\nrestore a damaged file, or start a new run under another name"
         )
     return None
 
@@ -133,11 +132,15 @@ def _manifest_of(path: Path) -> Manifest:
 
 def _pass_over(damaged: list[tuple[Path, DamageError]], *, owned: bool) -> None:
     for path, error in damaged:
-        fate = f"set aside as {set_aside(path).name}" if owned else "passed over"
+        fate = f"set aside as {set_aside(path, CORRUPT).name}" if owned else "passed over"
         print(f"checkpoint {path.name} is damaged and {fate}: {error}", file=sys.stderr)
 
 
-def _candidates(directory: Path, resume: str) -> list[Path]:
+def candidates(directory: Path, resume: str) -> list[Path]:
+    """The checkpoints that `resume` allows, whole or not, the newest first.
+
+    Raises StorageError where the directory cannot be read, or `resume` is a step of which there is none.
+    """
     try:
         found = step_directories(directory)
     except OSError as error:
@@ -146,6 +149,7 @@ def _candidates(directory: Path, resume: str) -> list[Path]:
     if resume == "auto":
         return wanted
     if not wanted:
-        steps = ", ".join(str(step) for step, _ in found) or "none"
-        raise StorageError(f"no checkpoint of step {resume} in {directory}; steps there: {steps}")
+        steps = ", ".join(str(step) for step, _ in found)
+        there = f"steps there: {steps}" if steps else "nor of any other step"
+        raise StorageError(f"no checkpoint of step {resume} in {directory}; {there}")
     return wanted

@@ -27,6 +27,7 @@ from training.faults import Passing, pass_by
 from training.manifest import (
     DTYPES,
     MANIFEST_NAME,
+    REPLACED,
     TEMPORARY,
     Chunk,
     FileEntry,
@@ -38,8 +39,6 @@ from training.manifest import (
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-REPLACED = ".replaced"
-CORRUPT = ".corrupt"
 
 
 def step_directories(directory: Path) -> list[tuple[int, Path]]:
@@ -60,16 +59,17 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is none any more; returns its new path. Raises StorageError."""
+def set_aside(path: Path, ending: str) -> Path:
+    """Rename a checkpoint to one with CORRUPT or LEFT as `ending`, so that it is none of the run's any more; returns
+    its new path. Raises StorageError."""
     taken = itertools.count(2)
-    aside = path.with_name(path.name + CORRUPT)
+    aside = path.with_name(path.name + ending)
     while aside.exists():
-        aside = path.with_name(f"{path.name}{CORRUPT}.{next(taken)}")
+        aside = path.with_name(f"{path.name}{ending}.{next(taken)}")
     try:
         return path.rename(aside)
     except OSError as error:
-        raise StorageError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
+        raise StorageError(f"{path} cannot be renamed to {aside.name}: {error.strerror}") from error
 
 
 def tidy(directory: Path) -> None:
@@ -128,8 +128,7 @@ class CheckpointWriter:
     """Writes `<directory>/step_XXXXXXXX` so that it is either complete or invisible, then removes what is not kept.
 
     Rank 0 begins, ranks write into a temporary directory, and rank 0 finishes: it writes the manifest last, renames the
-    directory, points `latest` to it, and removes older checkpoints, and those of later steps, whose course the run has
-    left. Methods raise OSError where storage fails.
+    directory, points `latest` to it, and removes older checkpoints. Methods raise OSError where storage fails.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, keep: Retention, passing: Passing = pass_by) -> None:
@@ -177,8 +176,8 @@ class CheckpointWriter:
         return [None] * len(wrote)
 
     def _remove_others(self) -> None:
-        found = step_directories(self._directory)
-        complete = [pair for pair in found if pair[0] <= self._manifest.step and (pair[1] / MANIFEST_NAME).is_file()]
+        found = [pair for pair in step_directories(self._directory) if pair[0] <= self._manifest.step]
+        complete = [pair for pair in found if (pair[1] / MANIFEST_NAME).is_file()]
         kept = self._keep.of(complete)
         for _, path in found:
             if path not in kept:

@@ -14,6 +14,7 @@ from models.hugging_face import HuggingFaceError, identity
 from parallel.stages import takes
 from training.advice import counted, divisors, multiples_near, near_divisors, nearest
 from training.config import RunConfig
+from training.manifest import CORRUPT, MANIFEST_NAME, TEMPORARY
 from training.parameter_groups import parse_group
 from training.pipeline_checks import (
     check_pipeline_batch,
@@ -363,20 +364,14 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
             "checkpoint.keep_best=true, but train.eval_interval=0: nothing says which is best; try "
             f"train.eval_interval={config.checkpoint.interval or config.train.steps}"
         )
-    example = "it is a directory like RUN_DIR/checkpoints/step_00000100"
     if resume not in ("auto", "never") and not resume.isdecimal():
-        guess = closest(resume, ("auto", "never")) or "auto"
-        yield f"checkpoint.resume={resume}: did you mean {guess}? known: auto, never, or the number of a step"
+        guess = closest(resume, ("auto", "never"))
+        meant = f"did you mean {guess}? " if guess else ""
+        yield f"checkpoint.resume={resume}: {meant}known: auto, never, or the number of a step"
     if load is not None and load.startswith(HUGGING_FACE_PREFIX):
         yield from _hugging_face_problems(config, load)
-    elif load is not None and not Path(load).is_dir():
-        near = closest(Path(load).name, _folders(Path(load).parent))
-        advice = f"nearest: {Path(load).parent / near}" if near else example
-        yield f"checkpoint.load={load}: there is no such directory; {advice}"
-    elif load is not None and not (Path(load) / "manifest.json").is_file():
-        steps = sorted(Path(load).glob("**/step_*[0-9]"))
-        advice = f"try {steps[-1]}" if steps else example
-        yield f"checkpoint.load={load} is no checkpoint; {advice}"
+    elif load is not None:
+        yield from _load_problems(Path(load))
 
 
 def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
@@ -392,6 +387,23 @@ def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
         found = ", ".join(f"{key} {show(value)} rather than {show(here[key])}" for key, value in other.items())
         words = " ".join(f"model.{key}={show(value)}" for key, value in other.items())
         yield f"checkpoint.load={load} is of another model: it has {found}; what fits: {words}"
+
+
+def _load_problems(load: Path) -> Iterator[str]:
+    stated, example = f"checkpoint.load={load}", "say a directory like RUN_DIR/checkpoints/step_00000100"
+    if load.is_file():
+        advice = f"try {load.parent}" if (load.parent / MANIFEST_NAME).is_file() else example
+        yield f"{stated} is a file, and a checkpoint is a directory; {advice}"
+    elif not load.is_dir():
+        near = closest(load.name, _folders(load.parent))
+        yield f"{stated}: there is no such directory; {f'nearest: {load.parent / near}' if near else example}"
+    elif any(mark in load.name for mark in (TEMPORARY, CORRUPT)):
+        yield f"{stated} was {'not finished' if TEMPORARY in load.name else 'found damaged'}; say one that is whole"
+    elif not (load / MANIFEST_NAME).is_file():
+        steps = sorted([*load.glob("step_*[0-9]"), *load.glob("checkpoints/step_*[0-9]")])
+        runs = sorted(path.parent.name for path in load.glob("*/checkpoints"))
+        inside = f"it holds the runs {', '.join(runs)}; {example}" if runs else example
+        yield f"{stated} is no checkpoint; {f'try {steps[-1]}' if steps else inside}"
 
 
 def _folders(parent: Path) -> list[str]:

@@ -45,17 +45,23 @@ class Fault:
 def parse_fault(text: str) -> Fault:
     """The fault that a text such as "rank=1,step=7,phase=checkpoint.write,action=kill" asks for. Raises ConfigError."""
     kinds = {"phase": str, "action": str, "rank": int, "step": int, "seconds": float}
+    words = [word.strip().partition("=") for word in text.split(",")]
+    for key, _, _ in words:
+        if key not in kinds:
+            guess = closest(key, kinds)
+            meant = f"did you mean {guess}?" if guess else f"known are {', '.join(kinds)}"
+            raise ConfigError(f"{VARIABLE}={text}: {key or 'nothing'} is no word of it; {meant}")
     try:
-        words = [word.strip().partition("=") for word in text.split(",")]
         values = {key: kinds[key](value) for key, _, value in words}
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{VARIABLE}={text}: {error}; it is written like rank=1,step=7,phase=checkpoint.write,action=kill"
         ) from error
     for key, choices in {"phase": PHASES, "action": ACTIONS}.items():
         if values.get(key) not in choices:
-            guess = closest(str(values.get(key)), choices) or choices[0]
-            raise ConfigError(f"{VARIABLE}={text}: {key} is one of {', '.join(choices)}, such as {key}={guess}")
+            guess = closest(str(values[key]), choices) if key in values else None
+            meant = f"did you mean {guess}? " if guess else ""
+            raise ConfigError(f"{VARIABLE}={text}: {meant}{key} is one of {', '.join(choices)}")
     fault = Fault(**values)
     if fault.action == "nan" and fault.phase not in OF_A_STEP:
         raise ConfigError(f"{VARIABLE}={text}: action=nan goes with the phases {', '.join(OF_A_STEP)}")

@@ -20,6 +20,12 @@ from training.errors import DamageError, StorageError
 MANIFEST_NAME = "manifest.json"
 TEMPORARY = ".tmp-"
 """In the name of a checkpoint that is not finished."""
+REPLACED = ".replaced"
+"""Ends the name of one that gives way to another of the same step."""
+CORRUPT = ".corrupt"
+"""In the name of one that was found damaged and set aside."""
+LEFT = ".left"
+"""In the name of one whose course the run has left, to go on from an older one."""
 FORMAT = 1
 DTYPES = {
     "F64": "float64",
@@ -157,8 +163,9 @@ def _check(file: Path, wanted: str, expected: int | str, measure: Callable[[Path
 
 def _unreadable(file: Path, error: OSError) -> StorageError:
     """Damage where the file is missing; what a disk or network cannot read now it may read later."""
-    kind = DamageError if isinstance(error, FileNotFoundError) else StorageError
-    return kind(f"{file}: cannot be read: {error.strerror}")
+    if isinstance(error, FileNotFoundError):
+        return DamageError(f"{file}: is missing")
+    return StorageError(f"{file}: cannot be read: {error.strerror}")
 
 
 def _digest(document: dict[str, Any]) -> str:

@@ -127,11 +127,12 @@ def _open(path: Path) -> BinaryIO:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl or samples.jsonl: by step, a training step before the evaluation that followed it.
 
-    Of a step logged twice the last line counts; a torn line is skipped; a file that does not exist is empty.
+    Where lines go back in steps the run did, and what it had logged from there on is of a course that it left. A torn
+    line is skipped; a file that does not exist is empty.
     """
     if not path.exists():
         return []
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    course: list[tuple[tuple[int, bool], dict[str, Any]]] = []
     with path.open("rb") as lines:
         for line in lines:
             try:
@@ -139,5 +140,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records[record["step"], "eval_loss" in record] = record
-    return [records[key] for key in sorted(records)]
+                place = record["step"], "eval_loss" in record
+                while course and course[-1][0] >= place:
+                    course.pop()
+                course.append((place, record))
+    return [record for _, record in course]

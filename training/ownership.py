@@ -104,6 +104,11 @@ class Ownership:
             file.truncate()
             file.write(RELEASED)
 
+    def clear(self) -> None:
+        """Removes the lock file that this process has released."""
+        if self._number is not None and self._released.is_set():
+            _lock(self._folder, self._number).unlink(missing_ok=True)
+
     def _beat_until_released(self) -> None:
         while not self._released.wait(SECONDS_BETWEEN_BEATS):
             self._beat()

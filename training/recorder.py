@@ -90,7 +90,9 @@ class Recorder:
         """Say how far the run came, against what knowing nothing and knowing only word frequencies give."""
         records = read_metrics(self.directory.path / "metrics.jsonl")
         losses = [record["loss"] for record in records if record.get("loss") is not None]
-        evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+        evaluations = [
+            (record["step"], record["eval_loss"]) for record in records if record.get("eval_loss") is not None
+        ]
         uniform = math.log(self.config.model.vocabulary)
         references = {"ln(vocabulary)": uniform}
         if losses:
@@ -100,10 +102,11 @@ class Recorder:
         if evaluations and unigram_entropy is not None:
             entropy = unigram_entropy()
             references["unigram entropy"] = entropy
-            gap = entropy - evaluations[-1]
+            step, loss = evaluations[-1]
+            side = "below" if loss <= entropy else "above"
             self.console.note(
-                f"validation loss {evaluations[-1]:.3f}, {abs(gap):.3f} nats {'below' if gap >= 0 else 'above'} the "
-                f"unigram entropy of the validation tokens = {entropy:.3f}"
+                f"validation loss {loss:.3f} at step {step}, {abs(entropy - loss):.3f} nats {side} the unigram entropy "
+                f"of the validation tokens = {entropy:.3f}"
             )
         self._plot(references)
 

@@ -7,22 +7,26 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 from data.files import wait_until_visible
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
+from training.checkpoint import DIRECTORY
+from training.checkpoint_storage import step_directories, step_name
 from training.config import RunConfig
 from training.determinism import make_deterministic, refusing_by_name
-from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, PeerError, RunError, StorageError
+from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, DamageError, PeerError, RunError, StorageError
 from training.faults import Faults
 from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
+from training.manifest import read_manifest, verify
 from training.mirror import first_line
 from training.recorder import Recorder
-from training.run_directory import LOGS, RunDirectory, State, difference
+from training.resume import what_to_resume
+from training.run_directory import LOGS, RunDirectory, State
 from training.stop import STOP_FILE, StopRequest, stoppable
+from training.stored_config import difference, refuse_another_run, restore_config
 from training.trainer import Trainer
 
 PREEMPTED = 75
@@ -97,7 +101,7 @@ def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder |
     logs = directory.path / LOGS
     directory.own()
     with ExitStack() as refused:
-        refused.callback(directory.ownership.release)
+        refused.callback(directory.leave)
         standing = check_run_directory(directory, config)
         if standing is not None:
             return None, standing
@@ -175,34 +179,48 @@ def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | Non
     """What to say where the run directory holds this very run, completed; None where there is something to do.
 
     Raises ConfigError where it holds another run, or this one and `checkpoint.resume=never`; StorageError where its
-    checkpoints are gone.
+    checkpoints are gone, or the one wanted is.
     """
     saved, status = directory.saved_config(), directory.previous
-    checkpoints, metrics = directory.path / "checkpoints", directory.path / "metrics.jsonl"
+    checkpoints, metrics = directory.path / DIRECTORY, directory.path / "metrics.jsonl"
+    resuming = what_to_resume(directory.path, config.checkpoint.resume) == "auto"
     if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size > 0):
         return None
-    differences = [] if saved is None else difference(saved, asdict(config))
+    differences = [] if saved is None else difference(restore_config(saved), config)
     if checkpoints.exists():
         # A checkpoint knows its data by content, wherever that lies.
         differences = [line for line in differences if not line.startswith("data.path:")]
-    if differences:
-        raise ConfigError(
-            f"{directory.path} holds another run; choose another name, such as name={config.name}-2, or remove it\n  "
-            + "\n  ".join(differences)
-        )
+    refuse_another_run(str(directory.path), differences, config.name)
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"checkpoint.resume=never, but {directory.path} holds a run already and the two would mix; choose another "
             f"name, such as name={config.name}-2, or remove it"
         )
-    if (checkpoints / "latest").exists() and not any(checkpoints.glob("step_*")):
+    if (checkpoints / "latest").exists() and not step_directories(checkpoints):
         raise StorageError(f"the checkpoints of {directory.path} are gone; restore them or choose another name")
-    resuming = config.checkpoint.resume == "auto"
-    if resuming and status is not None and status.state != "completed" and (status.step or 0) > config.train.steps:
+    if not resuming or status is None:
+        return None
+    if status.state != "completed" and status.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}, but {directory.path} has taken {status.step} steps already; say as "
             "many as it was started with, or more"
         )
-    if resuming and status is not None and status.state == "completed" and status.step >= config.train.steps:
+    if status.state == "completed" and status.step >= config.train.steps:
+        _refuse_a_damaged_end(checkpoints, status.step)
         return f"{directory.path}: completed at step {status.step}; raise train.steps to continue, or choose a new name"
     return None
+
+
+def _refuse_a_damaged_end(checkpoints: Path, step: int) -> None:
+    """Raise StorageError where what a completed run was for is not as long as it was written."""
+    path = checkpoints / step_name(step)
+    try:
+        if path.is_dir():
+            verify(path, read_manifest(path), "sizes")
+    except DamageError as error:
+        earlier = [other for other, _ in step_directories(checkpoints) if other < step]
+        again = f"take the last steps again with checkpoint.resume={earlier[0]}" if earlier else "choose a new name"
+        raise StorageError(
+            f"{checkpoints.parent}: completed at step {step}, but its last checkpoint is damaged: {error}; restore the "
+            f"file, or {again}"
+        ) from error

@@ -9,10 +9,10 @@ import stat
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -23,7 +23,6 @@ from data.vocabulary import find_tokenizer, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.ownership import Ownership
-from training.settings import describe_type
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 """Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
@@ -34,11 +33,7 @@ LARGEST_CONFIG = 2**16
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
 
-ADVICE = {"optimizer.name": " (checkpoint.drop_moments=true goes on without the old one's state)"}
-"""What lets a run go on in spite of a difference."""
-
 State = Literal["running", "completed", "preempted", "failed"]
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,7 @@ class RunDirectory:
         self.path = path
         self.previous = self.read_status()
         self.ownership = Ownership(path)
+        self._made = False
 
     @property
     def attempt(self) -> int:
@@ -75,6 +71,7 @@ class RunDirectory:
         StorageError where the directory cannot be written or its status read.
         """
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self.ownership.take()
             self.previous = self.read_status()  # of whoever owned it until now
@@ -87,6 +84,14 @@ class RunDirectory:
             raise StorageError(
                 f"cannot write in run directory {self.path}: {error.strerror}; choose an out_dir you may write to"
             ) from error
+
+    def leave(self) -> None:
+        """Gives the directory back after a start that is refused; removes one that was made for it."""
+        self.ownership.release()
+        if self._made:
+            self.ownership.clear()
+            with contextlib.suppress(OSError):  # somebody else's by now
+                self.path.rmdir()
 
     def record_start(self, config: RunConfig, overrides: list[str]) -> None:
         """Records what is started: config.yaml, overrides.txt and environment.json; makes logs/. Raises StorageError.
@@ -155,83 +160,6 @@ class RunDirectory:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{path} is not a status: {error!r}; remove it to go on from the checkpoints") from error
-
-
-def difference(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Where two configurations mean another model, optimizer, data or order of it: "model.num_layers: was 12, now 8".
-
-    Takes configurations as nested dictionaries (`dataclasses.asdict`, config.yaml). A key that `saved` lacks, because
-    an older version wrote it, has its default. Raises ConfigError where either holds a key that is not known.
-    """
-    config = restore_config(current)
-    before, now = _identity(restore_config(saved)), _identity(config)
-    if config.checkpoint.drop_moments:
-        before["optimizer.name"] = now["optimizer.name"]
-    return [
-        f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}{ADVICE.get(key, '')}"
-        for key in {**now, **before}
-        if before.get(key) != now.get(key)
-    ]
-
-
-def restore_config(values: dict[str, Any]) -> RunConfig:
-    """The configuration that `dataclasses.asdict` turned into `values`, as config.yaml and checkpoints hold it.
-
-    Raises ConfigError for a key that this version does not know, and for a value of another type than the key's.
-    """
-    return _restore(RunConfig, values, "")
-
-
-def _restore(kind: type[Config], values: Any, prefix: str) -> Config:
-    if not isinstance(values, dict):
-        raise ConfigError(f"the saved configuration holds no keys under {prefix.rstrip('.') or 'its root'}")
-    kinds = get_type_hints(kind)
-    unknown = [f"{prefix}{name}" for name in values if name not in kinds]
-    if unknown:
-        raise ConfigError(
-            f"the saved configuration holds {', '.join(unknown)}, which this version of Kilotron does not know"
-        )
-    groups = {
-        name: _restore(kinds[name], value, f"{prefix}{name}.")
-        for name, value in values.items()
-        if is_dataclass(kinds[name])
-    }
-    plain = {name: value for name, value in values.items() if name not in groups}
-    wrong = [
-        f"{prefix}{name} is not {describe_type(kinds[name])}"
-        for name, value in plain.items()
-        if not _fits(value, kinds[name])
-    ]
-    if wrong:
-        raise ConfigError(f"the saved configuration is not one: {', '.join(wrong)}")
-    return kind(**plain, **groups)
-
-
-def _fits(value: Any, declared: Any) -> bool:
-    """Whether a plain value is of a setting's type."""
-    kinds = get_args(declared)
-    if get_origin(declared) is list:
-        return isinstance(value, list) and all(_fits(item, kinds[0]) for item in value)
-    return (
-        any(_fits(value, kind) for kind in kinds)
-        or type(value) is declared
-        or (declared is float and type(value) is int)
-    )
-
-
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What a run must keep to stay the same run; derived values are filled in, so null equals what it stands for."""
-    model = {f"model.{key}": value for key, value in config.model.resolved().items()}
-    data = {f"data.{part.name}": getattr(config.data, part.name) for part in fields(config.data)}
-    data["data.seq_length"] = config.seq_length
-    del data["data.num_workers"]
-    if config.data.path is not None:
-        del data["data.corpus"]  # which the path overrules
-    return {**model, **data, "seed": config.seed, "optimizer.name": config.optimizer.name}
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
 
 
 def _environment() -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Saving:
         self._failures = 0
         self._error: StorageError | None = None
         self._stalled = 0.0
+        self._ending = False
         self.saved_step = saved_step
         """Of the newest checkpoint of this run that is known to be whole."""
 
@@ -52,10 +53,14 @@ class Saving:
 
     def save_last(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
         """Save, and wait for it. Raises StorageError on all ranks where that fails."""
+        self._ending = True
         self.save(step, tensors, state)
         self.wait()
         if self.saved_step != step and self._error is not None:
-            raise self._error
+            raise StorageError(
+                f"step {step} is not saved: {self._error}; once that is mended, the same command goes on from step "
+                f"{self.saved_step}"
+            ) from self._error
 
     def wait(self) -> None:
         """Until the last save is over on all ranks."""
@@ -81,7 +86,7 @@ class Saving:
         self._error = ended.error
         self._failures += 1
         stops = self._failures > self._most_failures
-        if self._recorder:
+        if self._recorder and not self._ending:
             fate = f"failure {self._failures} in a row, {'which stops the run' if stops else 'training goes on'}"
             self._recorder.console.note(f"step {ended.step} is not saved ({fate}): {ended.error}")
         if stops:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,11 +13,12 @@ from models.hugging_face_weights import HuggingFaceWeights
 from parallel.process_group import on_rank_zero
 from parallel.sharding import tensor_part
 from training.checkpoint import load_checkpoint, verify_together
+from training.checkpoint_storage import step_directories
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, DamageError
 from training.manifest import read_manifest
 from training.optimizer import files_needed
-from training.run_directory import difference
+from training.stored_config import config_of, difference
 
 
 def load_weights(
@@ -32,15 +32,26 @@ def load_weights(
         _load_hugging_face(load, parameters, shapes)
         return
     path = Path(load)
-    manifest = on_rank_zero(lambda: read_manifest(path))
-    verify_together(path, manifest, config.checkpoint.verify, lambda it: files_needed(it, parameters, shapes))
-    differences = difference(manifest.state["config"], asdict(config))
+    try:
+        manifest = on_rank_zero(lambda: read_manifest(path))
+        verify_together(path, manifest, config.checkpoint.verify, lambda it: files_needed(it, parameters, shapes))
+    except DamageError as error:
+        raise DamageError(
+            f"checkpoint.load={path} is damaged: {error}; {on_rank_zero(lambda: _others(path))}"
+        ) from error
+    differences = difference(config_of(path, manifest), config)
     of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
     if of_model:
         raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
     load_checkpoint(
         path, manifest, {f"model.{name}": tensor_part(value, shapes[name]) for name, value in parameters.items()}
     )
+
+
+def _others(path: Path) -> str:
+    """What else could be loaded, as advice."""
+    beside = [str(other) for _, other in step_directories(path.parent) if other.name != path.name]
+    return f"others there: {', '.join(beside)}" if beside else "there is no other beside it"
 
 
 def _load_hugging_face(load: str, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
-from training.checkpoint import choose_checkpoint, load_checkpoint
+from training.checkpoint import DIRECTORY, choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
-from training.checkpoint_storage import Retention, step_directories
+from training.checkpoint_storage import Retention
 from training.config import RunConfig
-from training.errors import ConfigError, NonFiniteError
+from training.errors import ConfigError, NonFiniteError, StorageError
 from training.faults import Faults
 from training.garbage import collection_every
 from training.hardware import model_flops_utilization
@@ -42,12 +42,14 @@ from training.optimizer import build_optimizer, copy_to_twins, files_needed, tra
 from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
-from training.run_directory import LOGS, difference
+from training.resume import GONE_BACK_TO, check_same_run, go_back, what_to_resume
+from training.run_directory import LOGS
 from training.samples import describe_non_finite, gather_samples
 from training.saving import Saving
 from training.schedule import learning_rate
 from training.starting_weights import load_weights
 from training.stop import StopRequest
+from training.stored_config import config_of
 from training.timing import StepTimer, peak_memory_gb
 from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
 
@@ -249,7 +251,8 @@ class Trainer:
     def _restore_or_initialize(self) -> None:
         """Give the model and optimizer their values: of the run's checkpoint, of `checkpoint.load`, or initial ones."""
         config, model = self.config, self.data_parallel.model
-        run_dir, resume = Path(config.run_dir), config.checkpoint.resume
+        run_dir = Path(config.run_dir)
+        resume = on_rank_zero(lambda: what_to_resume(run_dir, config.checkpoint.resume))
         chosen = None
         if resume != "never":
             parameters = dict(model.named_parameters())
@@ -268,7 +271,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.optimizer, self.shapes)
         self.loss_scale = build_loss_scale(config.train, self.device)
         if chosen is not None:
-            self._resume(*chosen)
+            self._resume(*chosen, going_back=resume != "auto")
         elif config.checkpoint.load is not None:
             load_weights(config.checkpoint.load, self.parameters, self.shapes, config)
             self._note(f"weights from {config.checkpoint.load}")
@@ -276,20 +279,22 @@ class Trainer:
         if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
             self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
 
-    def _resume(self, path: Path, manifest: Manifest) -> None:
+    def _resume(self, path: Path, manifest: Manifest, *, going_back: bool) -> None:
         """Go on from a checkpoint. Raises ConfigError where it is of another run."""
-        self._check_same_run(path, manifest.state)
-        if not any(name.startswith("optimizer.") for name in manifest.tensors):
-            raise ConfigError(
-                f"{path} holds weights without an optimizer's state, so there is no run to continue; start one of "
-                f"another name with checkpoint.load={path}"
-            )
+        saved = config_of(path, manifest)
+        check_same_run(path, manifest, saved, self.config, self.splits.fingerprint)
         tensors = self._tensors()
-        before, now = manifest.state["config"]["optimizer"]["name"], self.config.optimizer.name
+        before, now = saved.optimizer.name, self.config.optimizer.name
         if before != now:
             tensors = {name: part for name, part in tensors.items() if name.startswith("model.")}
             self._note(f"the state of {before} is dropped, as checkpoint.drop_moments asks: {now} begins with none")
-        load_checkpoint(path, manifest, tensors)
+        verified = self.config.checkpoint.verify
+        try:
+            load_checkpoint(path, manifest, tensors)
+        except StorageError as error:
+            if verified != "off":
+                raise
+            raise StorageError(f"{error}; checkpoint.verify=auto passes over what is damaged") from error
         self.step = manifest.step
         self.consumed_samples = manifest.state["consumed_samples"]
         if self.loss_scale and manifest.state.get("loss_scale"):
@@ -297,10 +302,11 @@ class Trainer:
         # A run that was stopped before or in an evaluation makes up for it.
         pending = manifest.state.get("evaluation_due", False)
         self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
-        self._note(f"resumed from {path}")
-        left = [str(step) for step, _ in reversed(step_directories(path.parent)) if step > manifest.step]
-        if left:
-            self._note(f"the next save removes the checkpoints of later steps: {', '.join(left)}; copy what you want")
+        unseen = {"sizes": ", of whose files only the sizes were compared", "off": ", which was not verified"}
+        self._note(f"resumed from {path}{unseen.get(verified, '')}")
+        self._say_what_was_asked_for_in_vain(saved, going_back=going_back)
+        if going_back and (left := on_rank_zero(lambda: go_back(path.parent, self.step))):
+            self._note(f"the course after step {self.step} is left: {', '.join(left)} may be removed")
 
     def _init_device(self) -> torch.device:
         kind = self.config.train.init_device or self.device.type
@@ -308,20 +314,17 @@ class Trainer:
             raise ConfigError("train.init_device=cuda, but there is no CUDA device; use train.init_device=cpu or null")
         return torch.device(kind)
 
-    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise ConfigError where a checkpoint is of another model, optimizer or other data."""
-        differences = difference(state["config"], asdict(self.config))
-        differences = [line for line in differences if not line.startswith("data.path:")]
-        current = self.splits.fingerprint
-        differences += [
-            f"data {key}: was {value}, now {current.get(key)}"
-            for key, value in state["data"].items()
-            if value != current.get(key)
-        ]
-        if differences:
-            raise ConfigError(
-                f"{path} is of another run; choose another name, such as name={self.config.name}-2\n  "
-                + "\n  ".join(differences)
+    def _say_what_was_asked_for_in_vain(self, saved: RunConfig, *, going_back: bool) -> None:
+        wanted = self.config.checkpoint
+        if wanted.resume != "auto" and not going_back:
+            self._note(
+                f"checkpoint.resume={wanted.resume}: the run has gone back to that step before and goes on; to go back "
+                f"once more, remove {Path(self.config.run_dir) / DIRECTORY / GONE_BACK_TO}"
+            )
+        if wanted.load not in (None, saved.checkpoint.load):
+            self._note(
+                f"checkpoint.load={wanted.load} is not taken, as the run goes on from its own checkpoint; another "
+                f"name, such as name={self.config.name}-2, starts with those weights"
             )
 
     def _state(self) -> dict[str, Any]:
@@ -336,6 +339,7 @@ class Trainer:
             "data": self.splits.fingerprint,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "torch": torch.__version__,
+            "saved": datetime.now().isoformat(" ", "seconds"),
         }
 
     def _tensors(self) -> dict[str, TensorPart]:

@@ -1,5 +1,6 @@
 """What goes wrong, where: every later loss and sample is that of an uninterrupted run, or an error says why not."""
 
+import json
 import shutil
 import signal
 import time
@@ -245,3 +246,17 @@ def test_the_power_fails(job, uninterrupted, delay):
     launcher.communicate()
     assert job.start().code == 0
     assert_equal(job, uninterrupted["dp"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("words", [[], ["checkpoint.resume=4"]])
+def test_a_run_that_has_gone_back_takes_up_no_course_that_it_left(job, uninterrupted, words):
+    job = job()
+    assert job.start_quickly("", "checkpoint.keep=4").code == 0
+    # Before its first save, so that nothing newer than step 4 is left to go on from.
+    assert job.start_quickly("rank=1,step=5,phase=backward,action=kill", "checkpoint.resume=4").code in (KILLED, 76)
+    assert {"step_00000006.left", "step_00000008.left"} <= set(job.checkpoints())
+    assert job.start_quickly("", *words).code == 0
+    assert_equal(job, uninterrupted["dp"])
+    taken = [json.loads(line)["step"] for line in (job.path / "samples.jsonl").read_text().splitlines()]
+    assert taken == [*range(1, 9), *range(5, 9)]

@@ -279,6 +279,8 @@ BAD = [
     ("data.split=[1,0,0] train.eval_interval=5", "no document is for validation", "train.eval_interval=0"),
     ("checkpoint.resume=nevr", "did you mean never?"),
     ("checkpoint.resume=-5", "the number of a step"),
+    ("checkpoint.load=setup.py", "is a file, and a checkpoint is a directory"),
+    ("checkpoint.load=conf", "is no checkpoint; say a directory like RUN_DIR/checkpoints"),
     ("checkpoint.load=conf/modle", "no such directory", "nearest: conf/model"),
     ("checkpoint.load=nowhere/at/all", "RUN_DIR/checkpoints"),
     ("name=a/b", "name of one directory", "try name=a-b"),

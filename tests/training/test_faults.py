@@ -23,10 +23,12 @@ def test_a_fault_is_read():
     [
         ("phase=data", "action is one of kill, "),
         ("action=kill", "phase is one of data, "),
-        ("phase=checkpoint.wrte,action=kill", "such as phase=checkpoint.write"),
+        ("phase=checkpoint.wrte,action=kill", r"did you mean checkpoint.write\? phase is one of"),
         ("phase=data,action=explode", "action is one of"),
         ("phase=data,action=kill,rank=one", "it is written like"),
-        ("phase=data,action=kill,node=1", "it is written like"),
+        ("phase=data,action=kill,node=1", "node is no word of it; known are phase, action, rank"),
+        ("phse=data,action=kill", "did you mean phase?"),
+        ("phase=dta,action=kill", "did you mean data?"),
         ("phase=log,action=nan", "action=nan goes with the phases forward, "),
     ],
 )

@@ -25,7 +25,8 @@ from models.hugging_face import HuggingFaceError
 from models.hugging_face_weights import HuggingFaceWeights
 from training.checkpoint import choose_checkpoint, load_checkpoint, read_manifest
 from training.errors import RunError, StorageError
-from training.run_directory import RunDirectory, restore_config
+from training.run_directory import RunDirectory
+from training.stored_config import restore_config
 
 WEIGHT = torch.arange(24.0).reshape(4, 6)
 FIRST, SECOND = "rank_00000.safetensors", "rank_00001.safetensors"

@@ -98,7 +98,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_more(tmp_path_facto
     assert [record["step"] for record in read_metrics(folder / METRICS)] == [*range(whole), 7]
 
 
-def test_the_last_line_of_a_step_counts_and_steps_come_in_order(tmp_path: Path):
+def test_what_was_logged_on_a_course_that_the_run_left_is_not_read(tmp_path: Path):
     log = MetricsLog(tmp_path, attempt=0)
     for step, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]:
         log.log_step(replace(STEP, step=step, loss=loss))
@@ -109,9 +109,16 @@ def test_the_last_line_of_a_step_counts_and_steps_come_in_order(tmp_path: Path):
         (1, None, 6.0),
         (2, 4.5, None),
         (2, None, 5.5),
-        (3, 3.0, None),
-        (3, None, 4.0),
     ]
+
+
+def test_an_evaluation_that_a_start_makes_up_for_follows_its_step(tmp_path: Path):
+    log = MetricsLog(tmp_path, attempt=0)
+    for step in (1, 2, 3):
+        log.log_step(replace(STEP, step=step))
+    log.log_evaluation(EvaluationMetrics(step=2, loss=1.0))
+    records = read_metrics(tmp_path / METRICS)
+    assert [(record["step"], "eval_loss" in record) for record in records] == [(1, False), (2, False), (2, True)]
 
 
 def test_reading_skips_what_is_no_record(tmp_path: Path):

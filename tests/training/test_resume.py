@@ -1,5 +1,7 @@
 """A run that is interrupted and continued is the run that was not: Muon, a growing batch and WSD at once."""
 
+import contextlib
+import io
 import json
 import os
 
@@ -10,7 +12,7 @@ from safetensors import safe_open
 
 import pretrain_gpt
 from parallel.local_ranks import run_ranks
-from training.errors import ConfigError
+from training.errors import ConfigError, StorageError
 
 # 32 tokens a sample: steps 1 to 3 take 4 samples and step 4, the first at or after 300 tokens, 8.
 WORDS = ["model=tiny", "model.num_layers=2", "data=sample", "data.tokenizer=bytes", "data.seq_length=32",
@@ -31,6 +33,21 @@ def out_dir(runs_folder):
 
 def train(out_dir, name, ranks, *words):
     return run_ranks(ranks, one_rank, [*WORDS, f"out_dir={out_dir}", f"name={name}", *words], initialize=False)[0]
+
+
+def what_one_rank_prints(rank, world_size, words):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        one_rank(rank, world_size, words)
+    return printed.getvalue()
+
+
+def printed(out_dir, name, *words):
+    words = [*WORDS, f"out_dir={out_dir}", f"name={name}", *words]
+    return run_ranks(1, what_one_rank_prints, words, initialize=False)[0]
+
+
+def checkpoints(out_dir, name):
+    return sorted(path.name for path in (out_dir / name / "checkpoints").iterdir())
 
 
 def metrics(out_dir, name, *keys):
@@ -178,3 +195,51 @@ def test_another_optimizer_begins_without_state_where_it_is_asked_for(out_dir):
 def test_a_pattern_without_a_parameter_is_refused_by_all_ranks(out_dir):
     with pytest.raises(ConfigError, match=r"\*.mpl.\* matches no parameter; names are like embedding.word.weight"):
         train(out_dir, "no_such_parameter", 2, "optimizer.groups=['*.mpl.*:lr_scale=2']")
+
+
+def test_a_run_goes_back_once_however_often_it_is_started_so(out_dir, one_process):
+    words = ["checkpoint.interval=2", "checkpoint.keep=4"]
+    assert train(out_dir, "back", 1, *words) == 0
+    back = [*words, "checkpoint.resume=2"]
+    assert train(out_dir, "back", 2, *back, "train.exit_after=1") == 75
+    left = ["step_00000004.left", "step_00000006.left"]
+    assert checkpoints(out_dir, "back") == ["gone_back_to", "latest", "step_00000002", "step_00000003", *left]
+    again = printed(out_dir, "back", *back, "checkpoint.keep=1", "train.exit_after=2")
+    assert "has gone back to that step before and goes on" in again
+    assert "step_00000003" in again
+    assert checkpoints(out_dir, "back") == ["gone_back_to", "latest", "step_00000004.left", "step_00000005", left[1]]
+    # The step that it went back to is gone by now, which is no reason to refuse the command.
+    assert train(out_dir, "back", 1, *back) == 0
+    np.testing.assert_allclose(metrics(out_dir, "back", *NUMBERS), one_process, rtol=1e-10)
+    assert "completed at step 6" in printed(out_dir, "back", *back)
+    (out_dir / "back" / "checkpoints" / "gone_back_to").unlink()
+    with pytest.raises(StorageError, match=r"no checkpoint of step 2 in .*; steps there: 6, 5"):
+        train(out_dir, "back", 2, *back)
+
+
+def test_a_start_that_is_refused_leaves_no_directory(out_dir):
+    with pytest.raises(StorageError, match=r"no checkpoint of step 3 in .*nowhere/checkpoints; nor of any other step"):
+        train(out_dir, "nowhere", 2, "checkpoint.resume=3")
+    assert not (out_dir / "nowhere").exists()
+
+
+def test_a_completed_run_whose_last_checkpoint_is_damaged_says_so(out_dir):
+    assert train(out_dir, "ended", 1, "checkpoint.interval=4") == 0
+    (out_dir / "ended" / "checkpoints" / "step_00000006" / "rank_00000.safetensors").unlink()
+    with pytest.raises(StorageError, match=r"completed at step 6, but .* is missing; .* checkpoint.resume=4"):
+        train(out_dir, "ended", 2)
+    assert train(out_dir, "ended", 2, "checkpoint.resume=4") == 0
+    assert "step_00000006.left" in checkpoints(out_dir, "ended")
+    assert "completed at step 6" in printed(out_dir, "ended")
+
+
+def test_weights_that_are_asked_for_in_vain_are_named(out_dir):
+    assert train(out_dir, "donor", 1, "train.exit_after=1") == 75
+    assert train(out_dir, "goes_on", 1, "train.exit_after=1") == 75
+    load = f"checkpoint.load={out_dir / 'donor' / 'checkpoints' / 'step_00000001'}"
+    again = printed(out_dir, "goes_on", load, "train.exit_after=1", "checkpoint.verify=sizes")
+    assert "is not taken, as the run goes on from its own checkpoint" in again
+    assert "of whose files only the sizes were compared" in again
+    (out_dir / "donor" / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"checkpoint.load=.* is damaged: .* there is no other beside it"):
+        train(out_dir, "from_damage", 2, load)

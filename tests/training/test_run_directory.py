@@ -3,17 +3,16 @@
 import json
 import os
 import subprocess
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from core.config import ModelConfig
 from data.config import DataConfig
 from training import run_directory
-from training.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
-from training.errors import ConfigError, RunDirectoryError, RunError, StorageError
-from training.run_directory import RunDirectory, Status, difference, restore_config, write_atomically
+from training.config import OptimizerConfig, RunConfig
+from training.errors import ConfigError, RunDirectoryError, StorageError
+from training.run_directory import RunDirectory, Status, write_atomically
+from training.stored_config import restore_config
 
 
 def test_a_start_records_configuration_overrides_and_environment(tmp_path: Path):
@@ -186,55 +185,3 @@ def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatc
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_another_model_data_or_seed_is_named():
-    saved = RunConfig(model=ModelConfig(num_layers=12), data=DataConfig(path="old"))
-    current = replace(saved, model=ModelConfig(num_layers=8), data=DataConfig(corpus="sample"), seed=1)
-    assert difference(asdict(saved), asdict(current)) == [
-        "model.num_layers: was 12, now 8",
-        "data.path: was old, now null",
-        "data.corpus: was null, now sample",
-        "seed: was 1234, now 1",
-    ]
-
-
-def test_what_leaves_the_run_the_same_is_no_difference():
-    saved = RunConfig()
-    written_out = ModelConfig(ffn_hidden_size=3072, num_query_groups=12, head_dim=64)
-    current = RunConfig(
-        name="moved",
-        model=written_out,
-        data=DataConfig(seq_length=1024, num_workers=4),
-        train=TrainConfig(steps=5000, micro_batch_size=1),
-    )
-    assert difference(asdict(saved), asdict(current)) == []
-
-
-def test_another_optimizer_is_a_difference_as_its_state_does_not_fit():
-    (line,) = difference(asdict(RunConfig()), asdict(RunConfig(optimizer=OptimizerConfig(name="muon", lr=1.0))))
-    assert line.startswith("optimizer.name: was adamw, now muon (checkpoint.drop_moments=true")
-    dropping = RunConfig(optimizer=OptimizerConfig(name="muon"), checkpoint=CheckpointConfig(drop_moments=True))
-    assert difference(asdict(RunConfig()), asdict(dropping)) == []
-
-
-def test_a_key_that_an_older_version_did_not_know_has_its_default():
-    saved = asdict(RunConfig())
-    del saved["model"]["qk_norm"], saved["data"]
-    assert difference(saved, asdict(RunConfig())) == []
-    changed = asdict(RunConfig(model=ModelConfig(qk_norm=True)))
-    assert difference(saved, changed) == ["model.qk_norm: was False, now True"]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        *(({"model": {"depth": 3}}, "model.depth"), ({"model": 3}, "under model"), ({"x": 1}, "holds x")),
-        ({"model": {"num_layers": "${oc.env:HOME}"}}, "model.num_layers is not an integer"),
-        ({"seed": True}, "seed is not an integer"),
-        ({"data": {"split": [1, "98"]}}, r"data.split is not a list like \[number, number\]"),
-    ],
-)
-def test_a_saved_configuration_that_is_not_understood_is_refused(change: dict, said: str):
-    with pytest.raises(RunError, match=said):
-        restore_config(change)
