@@ -61,8 +61,8 @@ class Heartbeat:
             os.pwrite(self._file.fileno(), text[:SIZE].ljust(SIZE).encode(), 0)
 
     def pulse(self) -> None:
-        """Says that this process runs."""
-        with suppress(OSError):
+        """Says that this process runs; nothing once the file is taken away, as the thread may be late."""
+        with suppress(OSError, ValueError):
             os.utime(self._file.fileno())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

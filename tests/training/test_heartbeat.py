@@ -102,6 +102,8 @@ def test_a_rank_that_ends_well_leaves_nothing(tmp_path):
         assert culprits(tmp_path, 100) == {}, "it is alive and has not been at it for long"
         assert "rank 0 does not answer: step 0, something" in culprits(tmp_path, 0)[0]
     assert not list((tmp_path / FOLDER).iterdir())
+    heartbeat.pulse()  # of a thread that is late
+    assert not list((tmp_path / FOLDER).iterdir())
 
 
 def test_who_is_gone_is_named_before_who_is_busy(tmp_path):
