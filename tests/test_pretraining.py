@@ -188,7 +188,13 @@ def test_five_and_five_steps_equal_ten_bit_for_bit(out_dir, precision):
     whole, halves = f"whole-{precision}", f"halves-{precision}"
     assert train(out_dir, whole, 2, *words) == 0
     assert train(out_dir, halves, 2, *words, "train.exit_after=5") == 75
-    assert status(out_dir, halves) | {"reason": ""} == {"state": "preempted", "step": 5, "reason": "", "attempt": 0}
+    assert status(out_dir, halves) | {"reason": ""} == {
+        "state": "preempted",
+        "step": 5,
+        "reason": "",
+        "attempt": 0,
+        "saved_step": 5,
+    }
     assert train(out_dir, halves, 2, *words) == 0
     assert status(out_dir, halves)["state"] == "completed"
     assert numbers(out_dir, halves) == numbers(out_dir, whole)
@@ -267,7 +273,9 @@ def test_more_steps_continue_a_completed_run_and_the_same_again_does_nothing(out
     words = ["schedule=constant", "train.precision=fp64"]
     assert train(out_dir, "longer", 1, *words, "train.steps=2") == 0
     before = (out_dir / "longer" / "metrics.jsonl").read_text()
+    (out_dir / "longer" / "STOP").touch()
     assert train(out_dir, "longer", 2, *words, "train.steps=2") == 0
+    assert not (out_dir / "longer" / "STOP").exists(), "or it would stop whoever raises train.steps"
     assert (out_dir / "longer" / "metrics.jsonl").read_text() == before
     assert train(out_dir, "longer", 2, *words, "train.steps=4") == 0
     assert list(lines(out_dir, "longer", "metrics.jsonl")) == [1, 2, 3, 4]
@@ -306,7 +314,8 @@ def test_a_run_that_diverges_ends_with_70_and_names_step_rank_and_samples(out_di
     with pytest.raises(NonFiniteError, match=r"step 2: .*rank 0, samples \[dataset, epoch, window\] \[\[0, 0, \d+\]"):
         train(out_dir, name, ranks, *words, "train.steps=9")
     # Step 2 is not a logged one: the host looks at it while step 3 is under way.
-    assert status(out_dir, name) | {"reason": ""} == {"state": "failed", "step": 2, "reason": "", "attempt": 0}
+    failed = {"state": "failed", "step": 2, "reason": "", "attempt": 0, "saved_step": 0}
+    assert status(out_dir, name) | {"reason": ""} == failed
     assert not (out_dir / name / "checkpoints").exists()
 
 
@@ -344,12 +353,20 @@ def test_a_start_over_is_never_silent(out_dir):
     assert train(out_dir, "over", 1, *words, "train.exit_after=2") == 75
     steps = out_dir / "over" / "checkpoints"
     shutil.rmtree(steps / "step_00000002")
-    with pytest.raises(StorageError, match="are gone"):
-        train(out_dir, "over", 1, *words)
-    shutil.rmtree(steps)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="are gone"):
+            train(out_dir, "over", 1, *words)
+        shutil.rmtree(steps, ignore_errors=True)  # as where a disk is not mounted
+    # Who never saved has nothing to lose.
+    json_status = status(out_dir, "over")
+    (out_dir / "over" / "status.json").write_text(json.dumps(json_status | {"saved_step": 0}))
     again = command_line(sys.executable, "pretrain_gpt.py", *SMALL, *words, f"out_dir={out_dir}", "name=over")
     assert again.returncode == 0
     assert "holds no checkpoint: starting from step 0 again" in again.stdout
+    shutil.rmtree(steps)
+    assert train(out_dir, "over", 1, *words) == 0, "it is complete, whatever became of its checkpoints"
+    with pytest.raises(StorageError, match="are gone"):
+        train(out_dir, "over", 1, *words, "train.steps=5")
 
 
 def test_data_may_move_as_long_as_it_is_the_same(out_dir):

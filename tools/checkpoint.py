@@ -62,7 +62,11 @@ def list_all(found: list[Path]) -> Iterator[str]:
 def show(found: list[Path]) -> Iterator[str]:
     """What the newest of them says of itself."""
     path = next((each for each in found if not _is_aside(each)), found[0])
-    manifest = read_manifest(path)
+    try:
+        manifest = read_manifest(path)
+    except DamageError as error:
+        others = ", ".join(str(each) for each in found if each != path) or "none"
+        raise DamageError(f"{error}; other checkpoints: {others}") from error
     state, data = manifest.state, _at(manifest.state, "data")
     model = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
     parallel = {key: _at(state, "config", "parallel", key) for key in ("pp", "dp_replicate", "dp_shard", "tp")}
@@ -104,7 +108,8 @@ def verify_all(found: list[Path]) -> Iterator[str]:
             files = f"{counted(len(manifest.files), 'file')}, {_size(manifest) / 1e9:.3f} GB"
             yield f"{path.name}: {files}, all as they were written"
     if damaged:
-        raise DamageError(f"damaged: {', '.join(damaged)}; a run that goes on takes the newest that is whole, if any")
+        advice = "; a run that goes on takes the newest that is whole" if len(found) > 1 else ""
+        raise DamageError(f"damaged: {', '.join(damaged)}{advice}")
 
 
 def _is_aside(path: Path) -> bool:

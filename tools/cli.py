@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 _STORAGE_FAILED = 74
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = (chosen.parse_args if "--" in words else chosen.parse_intermixed_args)(words[1:])
     try:
         return int(run(parsed))
+    except BrokenPipeError:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, the interpreter flushes it at its end
+        return 0  # whoever reads has read enough
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Exception as error:

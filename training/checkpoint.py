@@ -15,7 +15,7 @@ from parallel.sharding import TensorPart, tensor_part
 from training.checkpoint_storage import read_parts, set_aside, step_directories, step_name
 from training.errors import DamageError, StorageError
 from training.exchange import exchange, to_all
-from training.manifest import CORRUPT, REPLACED, Manifest, compare_hashes, compare_sizes, read_manifest
+from training.manifest import CORRUPT, LEFT, REPLACED, Manifest, compare_hashes, compare_sizes, read_manifest
 
 DIRECTORY = "checkpoints"
 AUTO_HASHES_UP_TO = 50 * 10**9
@@ -112,6 +112,12 @@ def choose_checkpoint(
         else:
             on_rank_zero(lambda: _pass_over(damaged, owned=owned))
             return path, manifest
+    if damaged and resume != "auto":
+        others = ", ".join(str(step) for step, _ in step_directories(directory) if str(step) != resume) or "none"
+        raise StorageError(
+            f"the checkpoint of step {resume} is damaged: {damaged[0][1]}; other steps there: {others}; "
+            "checkpoint.resume=auto takes the newest that is whole"
+        )
     if damaged:
         # Not set aside: the next start would take the run for one that never saved.
         found = "".join(f"\n  {path.name}: {error}" for path, error in damaged)
@@ -151,5 +157,7 @@ def candidates(directory: Path, resume: str) -> list[Path]:
     if not wanted:
         steps = ", ".join(str(step) for step, _ in found)
         there = f"steps there: {steps}" if steps else "nor of any other step"
+        for aside in sorted(directory.glob(f"{step_name(int(resume))}{LEFT}*"))[:1]:
+            there += f"; {aside.name} is of a course that was left: rename it to {step_name(int(resume))} to take it up"
         raise StorageError(f"no checkpoint of step {resume} in {directory}; {there}")
     return wanted

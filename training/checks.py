@@ -368,10 +368,13 @@ def check_checkpoint(config: RunConfig) -> Iterator[str]:
         guess = closest(resume, ("auto", "never"))
         meant = f"did you mean {guess}? " if guess else ""
         yield f"checkpoint.resume={resume}: {meant}known: auto, never, or the number of a step"
-    if load is not None and load.startswith(HUGGING_FACE_PREFIX):
+    # Who goes on from a checkpoint of its own reads no other, which may be gone by now.
+    if load is None or any(Path(config.run_dir).glob("checkpoints/step_*[0-9]")):
+        return
+    if load.startswith(HUGGING_FACE_PREFIX):
         yield from _hugging_face_problems(config, load)
-    elif load is not None:
-        yield from _load_problems(Path(load))
+    else:
+        yield from _load_problems(load)
 
 
 def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
@@ -389,8 +392,9 @@ def _hugging_face_problems(config: RunConfig, load: str) -> Iterator[str]:
         yield f"checkpoint.load={load} is of another model: it has {found}; what fits: {words}"
 
 
-def _load_problems(load: Path) -> Iterator[str]:
-    stated, example = f"checkpoint.load={load}", "say a directory like RUN_DIR/checkpoints/step_00000100"
+def _load_problems(stated_path: str) -> Iterator[str]:
+    load, stated = Path(stated_path), f"checkpoint.load={stated_path}"
+    example = "say a directory like RUN_DIR/checkpoints/step_00000100"
     if load.is_file():
         advice = f"try {load.parent}" if (load.parent / MANIFEST_NAME).is_file() else example
         yield f"{stated} is a file, and a checkpoint is a directory; {advice}"

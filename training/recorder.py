@@ -27,7 +27,7 @@ class Recorder:
         """Marks the run as running in its directory, which this process owns. Raises StorageError."""
         self.config = config
         self.directory = directory
-        self.running(directory.previous.step if directory.previous else 0)
+        directory.write_status("running", directory.previous.step if directory.previous else 0, "starting")
         self.metrics = MetricsLog(directory.path, directory.attempt)
         self.console = Console(config.train.steps, interactive=sys.stdout.isatty())
         self._mirrors: list[Mirror] = []
@@ -47,7 +47,8 @@ class Recorder:
             self._mirrors.append(open_tensorboard(run_dir, step, note))
 
     def running(self, step: int) -> None:
-        """Put down in status.json that the run stands at `step` and goes on."""
+        """Put down in status.json that the run goes on from `step`, of which there is a checkpoint, or which is 0."""
+        self.directory.saved_step = step
         self.directory.write_status("running", step, "training")
 
     def step(self, metrics: StepMetrics) -> None:
@@ -120,7 +121,7 @@ class Recorder:
             for mirror in self._mirrors:
                 stack.callback(mirror.close, failed=state == "failed")
             stack.callback(self.metrics.close)
-            if state != "completed":
+            if state != "completed" and self._intervals:
                 stack.callback(self._plot, {})
             # The status before the picture: a launcher whose other ranks have ended may not leave time for both.
             stack.callback(self.directory.write_status, state, step, reason)

@@ -12,7 +12,7 @@ from training.manifest import LEFT, Manifest
 from training.stored_config import difference, refuse_another_run
 
 GONE_BACK_TO = "gone_back_to"
-"""File beside the checkpoints that names the one to which the run has gone back."""
+"""File beside the checkpoints that names those to which the run has gone back, one a line."""
 
 
 def what_to_resume(run_dir: Path, resume: str) -> str:
@@ -23,16 +23,28 @@ def what_to_resume(run_dir: Path, resume: str) -> str:
     """
     if resume in ("auto", "never"):
         return resume
-    directory = run_dir / DIRECTORY
-    try:
-        if (directory / GONE_BACK_TO).read_text(encoding="utf-8").strip() == step_name(int(resume)):
-            return "auto"
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"{directory / GONE_BACK_TO} cannot be read: {error}; remove it to go back anew") from error
-    candidates(directory, resume)
+    if step_name(int(resume)) in _gone_back_to(run_dir / DIRECTORY):
+        return "auto"
+    candidates(run_dir / DIRECTORY, resume)
     return resume
+
+
+def why_not_back(run_dir: Path, step: str) -> str:
+    """What to say where `what_to_resume` does not go back to a step once more."""
+    said = f"checkpoint.resume={step}: the run has gone back to that step before"
+    if not (run_dir / DIRECTORY / step_name(int(step))).is_dir():
+        return f"{said}, whose checkpoint was not kept"
+    return f"{said}; to go back once more, remove {run_dir / DIRECTORY / GONE_BACK_TO}"
+
+
+def _gone_back_to(directory: Path) -> list[str]:
+    file = directory / GONE_BACK_TO
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{file} cannot be read: {error}; remove it to go back anew") from error
 
 
 def go_back(directory: Path, step: int) -> list[str]:
@@ -44,7 +56,8 @@ def go_back(directory: Path, step: int) -> list[str]:
     try:
         write_whole(directory / "latest", f"{step_name(step)}\n".encode())
         # Last: who is interrupted before this goes back once more.
-        write_whole(directory / GONE_BACK_TO, f"{step_name(step)}\n".encode())
+        steps = {*_gone_back_to(directory), step_name(step)}
+        write_whole(directory / GONE_BACK_TO, "".join(f"{each}\n" for each in sorted(steps)).encode())
     except OSError as error:
         raise StorageError(f"cannot write in {directory}: {error.strerror}") from error
     return aside

@@ -23,7 +23,7 @@ from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.manifest import read_manifest, verify
 from training.mirror import first_line
 from training.recorder import Recorder
-from training.resume import what_to_resume
+from training.resume import GONE_BACK_TO, what_to_resume, why_not_back
 from training.run_directory import LOGS, RunDirectory, State
 from training.stop import STOP_FILE, StopRequest, stoppable
 from training.stored_config import difference, refuse_another_run, restore_config
@@ -60,6 +60,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
             if standing is not None:
                 if process.rank == 0:
                     print(standing)
+                    stop.settle(completed=True)
                 return 0
             wait_until_visible(logs / FOLDER)
             with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
@@ -181,45 +182,62 @@ def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | Non
     Raises ConfigError where it holds another run, or this one and `checkpoint.resume=never`; StorageError where its
     checkpoints are gone, or the one wanted is.
     """
-    saved, status = directory.saved_config(), directory.previous
+    status, resume = directory.previous, config.checkpoint.resume
     checkpoints, metrics = directory.path / DIRECTORY, directory.path / "metrics.jsonl"
-    resuming = what_to_resume(directory.path, config.checkpoint.resume) == "auto"
-    if not checkpoints.exists() and not (metrics.exists() and metrics.stat().st_size > 0):
+    # Going back, the checkpoint knows of which run it is, and the last start may have been another.
+    going_back = what_to_resume(directory.path, resume) not in ("auto", "never")
+    if not checkpoints.exists() and not directory.saved_step and not (metrics.exists() and metrics.stat().st_size > 0):
         return None
-    differences = [] if saved is None else difference(restore_config(saved), config)
-    if checkpoints.exists():
-        # A checkpoint knows its data by content, wherever that lies.
-        differences = [line for line in differences if not line.startswith("data.path:")]
-    refuse_another_run(str(directory.path), differences, config.name)
-    if config.checkpoint.resume == "never":
+    saved = directory.saved_config()
+    if saved is not None and not going_back:
+        refuse_another_run(str(directory.path), _differences(restore_config(saved), config, checkpoints), config.name)
+    if resume == "never":
         raise ConfigError(
             f"checkpoint.resume=never, but {directory.path} holds a run already and the two would mix; choose another "
             f"name, such as name={config.name}-2, or remove it"
         )
-    if (checkpoints / "latest").exists() and not step_directories(checkpoints):
-        raise StorageError(f"the checkpoints of {directory.path} are gone; restore them or choose another name")
-    if not resuming or status is None:
+    if going_back:
         return None
-    if status.state != "completed" and status.step > config.train.steps:
+    if status is not None and status.state == "completed" and status.step >= config.train.steps:
+        if step_directories(checkpoints):
+            _refuse_a_damaged_end(checkpoints, status.step, config.checkpoint.verify)
+        also = f"; {why_not_back(directory.path, resume)}" if resume != "auto" else ""
+        said = f"completed at step {status.step}; raise train.steps to continue, or choose a new name"
+        return f"{directory.path}: {said}{also}"
+    if (directory.saved_step or (checkpoints / "latest").exists()) and not step_directories(checkpoints):
+        raise StorageError(
+            f"the checkpoints of {directory.path} are gone; restore them, choose another name, or remove the whole "
+            "directory to begin again"
+        )
+    if status is not None and status.state != "completed" and status.step > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}, but {directory.path} has taken {status.step} steps already; say as "
             "many as it was started with, or more"
         )
-    if status.state == "completed" and status.step >= config.train.steps:
-        _refuse_a_damaged_end(checkpoints, status.step)
-        return f"{directory.path}: completed at step {status.step}; raise train.steps to continue, or choose a new name"
     return None
 
 
-def _refuse_a_damaged_end(checkpoints: Path, step: int) -> None:
-    """Raise StorageError where what a completed run was for is not as long as it was written."""
+def _differences(saved: RunConfig, config: RunConfig, checkpoints: Path) -> list[str]:
+    """Between the last start and this one."""
+    lines = difference(saved, config)
+    if step_directories(checkpoints):
+        # A checkpoint knows its data by content, wherever that lies.
+        return [line for line in lines if not line.startswith("data.path:")]
+    before, now = saved.checkpoint.load, config.checkpoint.load
+    return lines + ([f"checkpoint.load: was {before or 'null'}, now {now or 'null'}"] if before != now else [])
+
+
+def _refuse_a_damaged_end(checkpoints: Path, step: int, verify_mode: str) -> None:
+    """Raise StorageError where what a completed run was for is not what was written; hashed where that is asked for."""
     path = checkpoints / step_name(step)
     try:
-        if path.is_dir():
-            verify(path, read_manifest(path), "sizes")
+        verify(path, read_manifest(path), "sizes" if verify_mode == "auto" else verify_mode)
     except DamageError as error:
-        earlier = [other for other, _ in step_directories(checkpoints) if other < step]
-        again = f"take the last steps again with checkpoint.resume={earlier[0]}" if earlier else "choose a new name"
+        again = "choose a new name"
+        for earlier, _ in [pair for pair in step_directories(checkpoints) if pair[0] < step][:1]:
+            again = f"take the last steps again with checkpoint.resume={earlier}"
+            if what_to_resume(checkpoints.parent, str(earlier)) == "auto":
+                again += f", after you removed {checkpoints / GONE_BACK_TO}"
         raise StorageError(
             f"{checkpoints.parent}: completed at step {step}, but its last checkpoint is damaged: {error}; restore the "
             f"file, or {again}"

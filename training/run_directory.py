@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -47,6 +47,8 @@ class Status:
     """Why it stands so, in words."""
     attempt: int
     """Starts in this directory before this one."""
+    saved_step: int = 0
+    """Of the newest checkpoint that was saved on this course; 0: none."""
 
 
 class RunDirectory:
@@ -58,6 +60,8 @@ class RunDirectory:
         self.previous = self.read_status()
         self.ownership = Ownership(path)
         self._made = False
+        self.saved_step = self.previous.saved_step if self.previous else 0
+        """What `write_status` puts down as such."""
 
     @property
     def attempt(self) -> int:
@@ -75,6 +79,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.ownership.take()
             self.previous = self.read_status()  # of whoever owned it until now
+            self.saved_step = self.previous.saved_step if self.previous else 0
         except (FileExistsError, NotADirectoryError) as error:
             obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
             raise ConfigError(
@@ -136,7 +141,8 @@ class RunDirectory:
     def write_status(self, state: State, step: int, reason: str) -> None:
         """Replaces status.json. Raises StorageError, RunDirectoryError where another process has taken over."""
         self.ownership.check()
-        write_atomically(self.path / "status.json", _json(asdict(Status(state, step, reason, self.attempt))))
+        status = Status(state, step, reason, self.attempt, self.saved_step)
+        write_atomically(self.path / "status.json", _json(asdict(status)))
 
     def write_rank_failure(self, rank: int, error: BaseException) -> None:
         """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort."""
@@ -144,15 +150,16 @@ class RunDirectory:
             logs = self.path / LOGS
             logs.mkdir(exist_ok=True)
             (logs / f"rank_{rank:05d}.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            step, attempt = (self.previous.step, self.previous.attempt) if self.previous else (0, 0)
-            status = Status("failed", step, f"rank {rank}: {type(error).__name__}: {error}", attempt)
+            status = self.previous or Status("running", 0, "", 0)
+            status = replace(status, state="failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
             write_atomically(self.path / "status.json", _json(asdict(status)))
 
     def read_status(self) -> Status | None:
         """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
         path = self.path / "status.json"
         try:
-            values = json.loads(path.read_bytes())
+            # An older version put down no saved step.
+            values = {"saved_step": 0} | json.loads(path.read_bytes())
             return Status(**{part.name: values[part.name] for part in fields(Status)})
         except (FileNotFoundError, NotADirectoryError):
             return None

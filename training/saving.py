@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart
+from training.advice import counted
 from training.checkpoint_saver import CheckpointSaver
 from training.errors import StorageError
 from training.heartbeat import Heartbeat
@@ -90,7 +91,7 @@ class Saving:
             fate = f"failure {self._failures} in a row, {'which stops the run' if stops else 'training goes on'}"
             self._recorder.console.note(f"step {ended.step} is not saved ({fate}): {ended.error}")
         if stops:
-            self._stop.ask(f"saves that failed, {self._failures} in a row,")
+            self._stop.ask(f"{counted(self._failures, 'save')} in a row that failed")
 
     def take_stall(self) -> float:
         """Milliseconds that saves held training up since the last call."""

@@ -27,7 +27,7 @@ from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiles
-from training.checkpoint import DIRECTORY, choose_checkpoint, load_checkpoint
+from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
 from training.config import RunConfig
@@ -42,7 +42,7 @@ from training.optimizer import build_optimizer, copy_to_twins, files_needed, tra
 from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
-from training.resume import GONE_BACK_TO, check_same_run, go_back, what_to_resume
+from training.resume import check_same_run, go_back, what_to_resume, why_not_back
 from training.run_directory import LOGS
 from training.samples import describe_non_finite, gather_samples
 from training.saving import Saving
@@ -289,10 +289,11 @@ class Trainer:
             tensors = {name: part for name, part in tensors.items() if name.startswith("model.")}
             self._note(f"the state of {before} is dropped, as checkpoint.drop_moments asks: {now} begins with none")
         verified = self.config.checkpoint.verify
+        unseen = {"sizes": ", of whose files only the sizes were compared", "off": ", which was not verified"}
         try:
             load_checkpoint(path, manifest, tensors)
         except StorageError as error:
-            if verified != "off":
+            if verified not in unseen:
                 raise
             raise StorageError(f"{error}; checkpoint.verify=auto passes over what is damaged") from error
         self.step = manifest.step
@@ -302,7 +303,6 @@ class Trainer:
         # A run that was stopped before or in an evaluation makes up for it.
         pending = manifest.state.get("evaluation_due", False)
         self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
-        unseen = {"sizes": ", of whose files only the sizes were compared", "off": ", which was not verified"}
         self._note(f"resumed from {path}{unseen.get(verified, '')}")
         self._say_what_was_asked_for_in_vain(saved, going_back=going_back)
         if going_back and (left := on_rank_zero(lambda: go_back(path.parent, self.step))):
@@ -317,10 +317,10 @@ class Trainer:
     def _say_what_was_asked_for_in_vain(self, saved: RunConfig, *, going_back: bool) -> None:
         wanted = self.config.checkpoint
         if wanted.resume != "auto" and not going_back:
-            self._note(
-                f"checkpoint.resume={wanted.resume}: the run has gone back to that step before and goes on; to go back "
-                f"once more, remove {Path(self.config.run_dir) / DIRECTORY / GONE_BACK_TO}"
-            )
+            self._note(why_not_back(Path(self.config.run_dir), wanted.resume))
+        saved_before = self.recorder.directory.saved_step if self.recorder else 0
+        if saved_before > self.step and not going_back:
+            self._note(f"the checkpoint of step {saved_before}, which was saved before, is gone or damaged")
         if wanted.load not in (None, saved.checkpoint.load):
             self._note(
                 f"checkpoint.load={wanted.load} is not taken, as the run goes on from its own checkpoint; another "

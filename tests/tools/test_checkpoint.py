@@ -57,6 +57,9 @@ def test_damage_is_named_and_ends_with_74(run_dir, capsys):
     (file.parent.parent / "step_00000010" / "manifest.json").write_text("{}")
     assert main(["checkpoint", "list", str(run_dir)]) == 0
     listed = capsys.readouterr().out
+    shutil.copy(file.parent.parent / "step_00000010" / "manifest.json", file.parent)
+    assert main(["checkpoint", "show", str(run_dir)]) == 74
+    assert "other checkpoints: " in capsys.readouterr().err
     assert "bytes, found" in listed
     assert "not a valid manifest" in listed
 

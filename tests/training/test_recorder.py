@@ -65,5 +65,9 @@ def test_steps_to_record_that_lie_before_the_start_are_said(recorder):
 def test_the_status_is_written_before_a_picture_is_drawn(tmp_path, monkeypatch):
     directory, seen = RunDirectory(tmp_path), []
     monkeypatch.setattr(recorder_module, "plot_loss", lambda *_: seen.append(directory.read_status().state))
-    Recorder(RunConfig(), directory).close("preempted", 3, "SIGUSR1")
+    Recorder(RunConfig(), directory).close("failed", 0, "nothing to draw yet")
+    assert seen == []
+    recorder = Recorder(RunConfig(), directory)
+    recorder.step(STEP)
+    recorder.close("preempted", 3, "SIGUSR1")
     assert seen == ["preempted"]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_a_run_goes_back_once_however_often_it_is_started_so(out_dir, one_proces
     left = ["step_00000004.left", "step_00000006.left"]
     assert checkpoints(out_dir, "back") == ["gone_back_to", "latest", "step_00000002", "step_00000003", *left]
     again = printed(out_dir, "back", *back, "checkpoint.keep=1", "train.exit_after=2")
-    assert "has gone back to that step before and goes on" in again
+    assert "has gone back to that step before; to go back once more, remove" in again
     assert "step_00000003" in again
     assert checkpoints(out_dir, "back") == ["gone_back_to", "latest", "step_00000004.left", "step_00000005", left[1]]
     # The step that it went back to is gone by now, which is no reason to refuse the command.
@@ -225,12 +226,51 @@ def test_a_start_that_is_refused_leaves_no_directory(out_dir):
 
 def test_a_completed_run_whose_last_checkpoint_is_damaged_says_so(out_dir):
     assert train(out_dir, "ended", 1, "checkpoint.interval=4") == 0
-    (out_dir / "ended" / "checkpoints" / "step_00000006" / "rank_00000.safetensors").unlink()
+    file = out_dir / "ended" / "checkpoints" / "step_00000006" / "rank_00000.safetensors"
+    file.unlink()
     with pytest.raises(StorageError, match=r"completed at step 6, but .* is missing; .* checkpoint.resume=4"):
         train(out_dir, "ended", 2)
     assert train(out_dir, "ended", 2, "checkpoint.resume=4") == 0
     assert "step_00000006.left" in checkpoints(out_dir, "ended")
-    assert "completed at step 6" in printed(out_dir, "ended")
+    said = printed(out_dir, "ended", "checkpoint.resume=4")
+    assert "completed at step 6" in said
+    assert "has gone back to that step before" in said
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "completed at step 6" in printed(out_dir, "ended"), "lengths alone are compared"
+    with pytest.raises(StorageError, match=r"resume=4, after you removed .*gone_back_to"):
+        train(out_dir, "ended", 2, "checkpoint.verify=full")
+    (out_dir / "ended" / "checkpoints" / "gone_back_to").unlink()
+    assert train(out_dir, "ended", 2, "checkpoint.resume=4") == 0
+
+
+def test_a_step_that_cannot_be_taken_up_is_named_with_what_can(out_dir):
+    assert train(out_dir, "steps", 1, "checkpoint.interval=2", "checkpoint.keep=4") == 0
+    steps = out_dir / "steps" / "checkpoints"
+    (steps / "step_00000004" / "manifest.json").write_text("")
+    with pytest.raises(StorageError, match=r"the checkpoint of step 4 is damaged: .*; other steps there: 6, 2; "):
+        train(out_dir, "steps", 1, "checkpoint.resume=4")
+    (steps / "step_00000004").rename(steps / "step_00000004.left")
+    with pytest.raises(StorageError, match=r"4.left is of a course that was left: rename it to step_00000004"):
+        train(out_dir, "steps", 1, "checkpoint.resume=4")
+
+
+def test_a_run_goes_back_across_a_change_of_its_optimizer(out_dir):
+    words = ["train.steps=4", "optimizer=adamw", "checkpoint.interval=1", "checkpoint.keep=4"]
+    assert train(out_dir, "across", 1, *words, "train.exit_after=2") == 75
+    assert train(out_dir, "across", 1, *words, "optimizer=muon", "checkpoint.drop_moments=true") == 0
+    assert train(out_dir, "across", 1, *words, "checkpoint.resume=1") == 0
+
+
+def test_a_run_that_goes_on_needs_no_weights_to_start_from(out_dir):
+    assert train(out_dir, "source", 1, "train.exit_after=1") == 75
+    load = f"checkpoint.load={out_dir / 'source' / 'checkpoints' / 'step_00000001'}"
+    assert train(out_dir, "loaded", 1, load, "train.exit_after=1") == 75
+    shutil.rmtree(out_dir / "source")
+    assert train(out_dir, "loaded", 1, load, "train.exit_after=1") == 75
+    shutil.rmtree(out_dir / "loaded" / "checkpoints")
+    with pytest.raises(ConfigError, match="there is no such directory"):
+        train(out_dir, "loaded", 1, load)
 
 
 def test_weights_that_are_asked_for_in_vain_are_named(out_dir):

@@ -57,11 +57,15 @@ def test_attempts_count_the_starts_that_wrote_a_status(tmp_path: Path):
         directory = RunDirectory(tmp_path)
         assert directory.attempt == attempt
         directory.write_status("running", 0, "started")
+        directory.saved_step += 10
         directory.write_status("preempted", 10 * attempt, "train.exit_after")
         assert directory.attempt == attempt
-    expected = {"state": "preempted", "step": 20, "reason": "train.exit_after", "attempt": 2}
+    expected = {"state": "preempted", "step": 20, "reason": "train.exit_after", "attempt": 2, "saved_step": 30}
     assert json.loads((tmp_path / "status.json").read_text()) == expected
     assert directory.read_status() == Status(**expected)
+    del expected["saved_step"]  # as an older version wrote it
+    (tmp_path / "status.json").write_text(json.dumps(expected))
+    assert directory.read_status() == Status(**expected, saved_step=0)
 
 
 def test_reading_an_absent_directory_finds_nothing_and_makes_nothing(tmp_path: Path):
