@@ -179,7 +179,7 @@ def test_bf16_strays_no_further_than_other_micro_batches_do(out_dir):
         assert np.abs(found - four).max() <= 3 * noise
 
 
-@pytest.mark.parametrize("precision", ["fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_five_and_five_steps_equal_ten_bit_for_bit(out_dir, precision):
     words = [f"train.precision={precision}", "train.steps=10", "train.micro_batch_size=2", "checkpoint.interval=4",
              f"train.initial_loss_scale={2**24}", "train.loss_scale_window=2"]  # fmt: skip
@@ -430,6 +430,7 @@ def one_rank_that_hangs(rank, world_size, words):
     return pretrain_gpt.main(words, os.environ)
 
 
+@pytest.mark.faults
 def test_a_rank_that_does_not_answer_ends_the_run_after_the_time_out(out_dir):
     words = [*SMALL, f"out_dir={out_dir}", "name=waiting", "train.steps=2", "parallel.startup_minutes=0.1"]
     with pytest.raises(PeerError, match="rank 1 does not answer: step 1, reading data"):

@@ -224,6 +224,7 @@ def test_a_start_that_is_refused_leaves_no_directory(out_dir):
     assert not (out_dir / "nowhere").exists()
 
 
+@pytest.mark.faults
 def test_a_completed_run_whose_last_checkpoint_is_damaged_says_so(out_dir):
     assert train(out_dir, "ended", 1, "checkpoint.interval=4") == 0
     file = out_dir / "ended" / "checkpoints" / "step_00000006" / "rank_00000.safetensors"
@@ -255,6 +256,7 @@ def test_a_step_that_cannot_be_taken_up_is_named_with_what_can(out_dir):
         train(out_dir, "steps", 1, "checkpoint.resume=4")
 
 
+@pytest.mark.faults
 def test_a_run_goes_back_across_a_change_of_its_optimizer(out_dir):
     words = ["train.steps=4", "optimizer=adamw", "checkpoint.interval=1", "checkpoint.keep=4"]
     assert train(out_dir, "across", 1, *words, "train.exit_after=2") == 75
@@ -262,6 +264,7 @@ def test_a_run_goes_back_across_a_change_of_its_optimizer(out_dir):
     assert train(out_dir, "across", 1, *words, "checkpoint.resume=1") == 0
 
 
+@pytest.mark.faults
 def test_a_run_that_goes_on_needs_no_weights_to_start_from(out_dir):
     assert train(out_dir, "source", 1, "train.exit_after=1") == 75
     load = f"checkpoint.load={out_dir / 'source' / 'checkpoints' / 'step_00000001'}"
@@ -273,6 +276,7 @@ def test_a_run_that_goes_on_needs_no_weights_to_start_from(out_dir):
         train(out_dir, "loaded", 1, load)
 
 
+@pytest.mark.faults
 def test_weights_that_are_asked_for_in_vain_are_named(out_dir):
     assert train(out_dir, "donor", 1, "train.exit_after=1") == 75
     assert train(out_dir, "goes_on", 1, "train.exit_after=1") == 75
