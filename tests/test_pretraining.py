@@ -432,7 +432,8 @@ def one_rank_that_hangs(rank, world_size, words):
 
 @pytest.mark.faults
 def test_a_rank_that_does_not_answer_ends_the_run_after_the_time_out(out_dir):
-    words = [*SMALL, f"out_dir={out_dir}", "name=waiting", "train.steps=2", "parallel.startup_minutes=0.1"]
+    words = [*SMALL, f"out_dir={out_dir}", "name=waiting", "train.steps=2", "data.tokenizer=bytes"]
+    words += ["parallel.startup_minutes=0.1"]
     with pytest.raises(PeerError, match="rank 1 does not answer: step 1, reading data"):
         run_ranks(2, one_rank_that_hangs, words, initialize=False, timeout=60)
     assert status(out_dir, "waiting")["state"] == "failed"

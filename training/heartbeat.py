@@ -17,6 +17,7 @@ SIZE = 256
 NEARLY = 0.8
 SECONDS_TO_DIE = 0.5
 SECONDS_BETWEEN_PULSES = 1.0
+LATE = 1.5
 SECONDS_OF_SILENCE = 10.0
 """Without a pulse a process is stopped, or its host is gone."""
 
@@ -105,18 +106,20 @@ def culprits(logs: Path, timeout: float) -> dict[int, str]:
     They are those of this host that are gone, or else those without a pulse, or else those that do what one of them has
     been doing for longer than the rest, and for nearly `timeout` seconds; unless that is all of them.
     """
-    now = time.time()
+    now, silence = time.time(), min(SECONDS_OF_SILENCE, NEARLY * timeout)
     while True:
-        beats = _beats(logs)
+        beats, present = _beats(logs), _time_of_files(logs)
         here = [rank for rank, beat in beats.items() if beat["host"] == socket.gethostname()]
         gone = [rank for rank in here if process_start(beats[rank]["pid"]) is None]
-        # The connections of a process that is killed close a moment before it is gone.
-        if gone or time.time() > now + SECONDS_TO_DIE:
+        ages = {rank: present - beat["pulse"] for rank, beat in beats.items()}
+        stopped = [rank for rank, age in ages.items() if age > silence]
+        # The connections of a process that is killed close a moment before it is gone, and who waited for one that
+        # was stopped may have begun to before.
+        late = max(ages.values(), default=0.0) > LATE * SECONDS_BETWEEN_PULSES
+        passed = time.time() - now
+        if gone or (passed > SECONDS_TO_DIE and (stopped or not late or passed > silence)):
             break
         time.sleep(SECONDS_TO_DIE / 10)
-    silence = min(SECONDS_OF_SILENCE, NEARLY * timeout)
-    present = _time_of_files(logs)
-    stopped = [rank for rank, beat in beats.items() if present - beat["pulse"] > silence]
     busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
     slowest = min(busy, key=lambda rank: float(beats[rank]["since"]), default=None)
     alike = [rank for rank in busy if slowest is not None and _work(beats[rank]) == _work(beats[slowest])]

@@ -64,13 +64,13 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                 return 0
             wait_until_visible(logs / FOLDER)
             with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
-                trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
 
                 def give_up(named: dict[int, str]) -> None:
                     failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
-                    _end_from_thread(failure, config, process, recorder, trainer.step)
+                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None)
 
                 with giving_up(heartbeat, give_up):
+                    trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
                     completed = trainer.run()
         except BaseException as error:
             patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
@@ -129,7 +129,7 @@ def _peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
 
 
 def _end_from_thread(
-    failure: PeerError, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int
+    failure: PeerError, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
 ) -> NoReturn:
     """End the process while its main thread waits for what will never come."""
     _put_down(failure, config, process, recorder, step)

@@ -95,6 +95,10 @@ def test_who_has_no_pulse_is_named_even_where_it_waited(tmp_path):
         runs.pulse()
         assert list(culprits(tmp_path, 100)) == [1]
         assert "rank 1 does not answer: step 0, waiting for others" in culprits(tmp_path, 100)[1]
+        # Stopped, but not for long enough to be sure.
+        os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 2))
+        runs.pulse()
+        assert list(culprits(tmp_path, 3)) == [1]
 
 
 def test_a_rank_that_ends_well_leaves_nothing(tmp_path):
