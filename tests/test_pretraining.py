@@ -100,9 +100,16 @@ SHARDS = (2, ["parallel.zero=2", "train.micro_batch_size=2", "data.num_workers=3
 HYBRID = (4, ["parallel.dp_replicate=2", "parallel.dp_shard=2", "train.micro_batch_size=1", "parallel.zero=1"])
 TENSOR = (4, ["parallel.tp=2", "parallel.dp_shard=2", "train.micro_batch_size=2"])
 PIPELINE = (4, ["parallel.pp=2", "parallel.pp_schedule=zb", "parallel.dp_shard=2", "train.micro_batch_size=1"])
+FOR_PARITY = [
+    (1, ["train.micro_batch_size=4", "data.num_workers=0"]),
+    (4, ["parallel.dp_shard=4", "train.micro_batch_size=1"]),
+    (4, ["parallel.tp=2", "parallel.dp_shard=2", "parallel.sequence=false", "train.recompute=full"]),
+    (4, ["parallel.tp=4", "parallel.sequence=false"]),
+    (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
+]
+"""Tried by `make parity` alone: they are like those that `make test` tries."""
 LAYOUTS = [
     (1, ["train.micro_batch_size=1"]),
-    (1, ["train.micro_batch_size=4", "data.num_workers=0"]),
     (2, ["parallel.dp_shard=2", "train.micro_batch_size=2"]),
     REPLICAS,
     SHARDS,
@@ -110,14 +117,15 @@ LAYOUTS = [
     TENSOR,
     PIPELINE,
     (3, ["parallel.pp=3"]),
-    (4, ["parallel.dp_shard=4", "train.micro_batch_size=1"]),
-    (4, ["parallel.tp=2", "parallel.dp_shard=2", "parallel.sequence=false", "train.recompute=full"]),
-    (4, ["parallel.tp=4", "parallel.sequence=false"]),
-    (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
+    *FOR_PARITY,
 ]
 
 
-@pytest.mark.parametrize(("ranks", "words"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [pytest.param(*layout, marks=[pytest.mark.slow] if layout in FOR_PARITY else []) for layout in LAYOUTS],
+    ids=lambda value: str(value),
+)
 def test_every_layout_feeds_the_same_samples_and_logs_the_same_numbers(out_dir, reference, ranks, words):
     name = f"layout{LAYOUTS.index((ranks, words))}"
     assert train(out_dir, name, ranks, "train.precision=fp64", "train.steps=5", *words) == 0
@@ -148,7 +156,7 @@ def test_evaluations_are_equal_in_every_layout_and_leave_training_alone(out_dir,
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("ranks", "words"),
-    [(1, []), HYBRID, TENSOR],
+    [(1, []), pytest.param(*HYBRID, marks=pytest.mark.slow), TENSOR],
     ids=lambda value: str(value),
 )
 def test_other_precisions_stay_close(out_dir, reference, ranks, words, precision):
@@ -244,6 +252,7 @@ def test_float16_that_overflows_at_any_loss_scale_ends_with_70(out_dir):
     assert status(out_dir, "overflowing")["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):
     words = ["train.precision=fp64", "train.steps=6"]
     assert train(out_dir, "one", 1, *words) == 0
@@ -254,6 +263,7 @@ def test_a_run_continues_in_any_layout_and_batch_as_one_process_would(out_dir):
     assert samples(out_dir, "many") == samples(out_dir, "one")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_tensor_parallel_ranks_resumes_anywhere(out_dir):
     """With a vocabulary that the ranks do not divide, whose padding is in no file."""
     words = ["train.precision=fp64", "train.steps=4", "model.vocab_size=1539", "model.dropout=0.1"]
@@ -382,7 +392,9 @@ def test_data_may_move_as_long_as_it_is_the_same(out_dir):
         train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=3")
 
 
-@pytest.mark.parametrize(("ranks", "signal_name"), [(1, "SIGTERM"), (1, "SIGINT"), (2, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("ranks", "signal_name"), [pytest.param(1, "SIGTERM", marks=pytest.mark.faults), (1, "SIGINT"), (2, "SIGTERM")]
+)
 def test_a_run_that_is_told_to_stop_saves_first(out_dir, ranks, signal_name):
     name = f"stopped-{ranks}-{signal_name}"
     words = [*SMALL, f"out_dir={out_dir}", f"name={name}", "train.steps=100000", "log.sample_ids=false"]
@@ -400,6 +412,7 @@ def test_a_run_that_is_told_to_stop_saves_first(out_dir, ranks, signal_name):
     assert ranks > 1 or run.returncode == 75
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_in_tensorboard_and_in_a_profile(out_dir):
     words = ["train.steps=4", "train.eval_interval=2", "checkpoint.interval=2", "log.tensorboard=true"]
     words += ["train.profile=1-3", "train.gc_interval=2"]

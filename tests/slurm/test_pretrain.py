@@ -19,8 +19,8 @@ SMALL = ["model=tiny", "model.num_layers=2", "data=sample", "data.seq_length=32"
 SECONDS = 120
 
 
-def answer(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+def answer(*command, timeout=30.0):
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def why_not():
@@ -28,7 +28,7 @@ def why_not():
     if shutil.which("sinfo") is None:
         return "no SLURM here: sinfo is not installed"
     try:
-        nodes = answer("sinfo", "--noheader", "--Node", "--format=%N", "--states=idle")
+        nodes = answer("sinfo", "--noheader", "--Node", "--format=%N", "--states=idle", timeout=4)
     except subprocess.TimeoutExpired:
         return "no SLURM here: sinfo does not answer"
     return "" if len(set(nodes.stdout.split())) >= 2 else f"no two idle nodes: sinfo says {nodes.stdout}{nodes.stderr}"
