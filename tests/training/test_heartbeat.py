@@ -96,7 +96,7 @@ def test_who_has_no_pulse_is_named_even_where_it_waited(tmp_path):
         assert list(culprits(tmp_path, 100)) == [1]
         assert "rank 1 does not answer: step 0, waiting for others" in culprits(tmp_path, 100)[1]
         # Stopped, but not for long enough to be sure.
-        os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 2))
+        os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 1.7))
         runs.pulse()
         assert list(culprits(tmp_path, 3)) == [1]
 
