@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 GOLDEN = 0x9E3779B97F
-"""2^40 / golden ratio, odd: coordinates enter the hash as its multiples, which spread them over many bits. Not 2^64:
-torch.compile makes channels a C++ loop's index, whose multiples must not overflow (seen to overrun memory)."""
+"""2^40 / golden ratio, odd: coordinates enter the hash as its multiples, which spread them over many bits."""
 
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 """Shift and multiplier of each round of SplitMix64's finaliser, as signed numbers, which is what int64 tensors take."""
@@ -37,9 +36,14 @@ class DropoutKey:
     """Probability of dropping an element, in [0, 1)."""
     rows: torch.Tensor
     """int64 `[batch, seq]`, a hash of seed, sample and position."""
+    channels: torch.Tensor
+    """int64 `[hidden]`, each channel's multiple of GOLDEN. They are computed here, outside of layers that are compiled:
+    torch.compile would make the channel an index of its loop, whose multiples leave the 32 bits that a GPU gives it."""
 
     @classmethod
-    def build(cls, rate: float, seed: int, sample_indices: torch.Tensor, positions: torch.Tensor) -> "DropoutKey":
+    def build(
+        cls, rate: float, seed: int, sample_indices: torch.Tensor, positions: torch.Tensor, hidden_size: int
+    ) -> "DropoutKey":
         """The key of these rows; a rank that holds part of a sequence or batch passes that part's global numbers.
 
         Args:
@@ -47,10 +51,12 @@ class DropoutKey:
             seed: of the run.
             sample_indices: int64 `[batch]`, each sample's index in the run.
             positions: int64 `[seq]`, each token's place in its sample (not in its document: no two may be equal).
+            hidden_size: channels of what is dropped out.
         """
         # From seed + 1, because zero is a fixed point of the hash.
         samples = _mix(sample_indices * GOLDEN + _signed(_mix((seed + 1) * GOLDEN)))
-        return cls(rate, _mix(samples.unsqueeze(1) + positions * GOLDEN))
+        channels = torch.arange(hidden_size, device=positions.device) * GOLDEN
+        return cls(rate, _mix(samples.unsqueeze(1) + positions * GOLDEN), channels)
 
 
 def dropout_place(layer: int, site: DropoutSite) -> torch.Tensor:
@@ -70,41 +76,41 @@ def dropout(x: torch.Tensor, key: DropoutKey | None, place: torch.Tensor) -> tor
 
     An element is dropped if its hash of (seed, sample, position; layer, site; channel) lies in the lowest `rate` of the
     range of int64. So every layout, every kind of device and every recomputation drops the same ones, and nothing is
-    saved for backward but a number a row.
+    saved for backward but one number per row, beside the key's channels, which all layers share.
 
     Args:
         x: the whole hidden dimension of the rows that `key` names.
         key: None where nothing is dropped, as in evaluation; then, and with rate 0, the result is `x` itself.
         place: what `dropout_place` says of where this stands.
 
-    Raises ValueError if `key` is not one of `[batch, seq]` rows.
+    Raises ValueError if `key` is not one of these rows and channels.
     """
     if key is None or key.rate == 0.0:
         return x
-    if key.rows.shape != x.shape[:-1]:
-        raise ValueError(f"dropout of {tuple(x.shape)} takes a key of its rows, not one of {tuple(key.rows.shape)}")
-    return _Dropout.apply(x, _mix(key.rows + place), key.rate)
+    covered = *key.rows.shape, *key.channels.shape
+    if covered != tuple(x.shape):
+        raise ValueError(f"dropout of {tuple(x.shape)} takes a key of its rows and channels, not one of {covered}")
+    return _Dropout.apply(x, _mix(key.rows + place), key.channels, key.rate)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, rate: float) -> torch.Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor, rate: float) -> torch.Tensor:
+        ctx.save_for_backward(rows, channels)
         ctx.rate = rate
-        return _drop(x, rows, rate)
+        return _drop(x, rows, channels, rate)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        return _drop(grad_outputs[0], rows, ctx.rate), None, None
+        rows, channels = ctx.saved_tensors
+        return _drop(grad_outputs[0], rows, channels, ctx.rate), None, None, None
 
 
-def _drop(x: torch.Tensor, rows: torch.Tensor, rate: float) -> torch.Tensor:
+def _drop(x: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor, rate: float) -> torch.Tensor:
     """`x` `[batch, seq, hidden]` / (1 - rate), but 0 where the hash of row and channel says so."""
     hidden = x.shape[-1]
     # Multiplied, because CUDA divides by a scalar by multiplying with its reciprocal, and a CPU does not.
     result = (x * (1 / (1 - rate))).contiguous()
-    channels = torch.arange(hidden, device=x.device) * GOLDEN
     threshold = int(rate * 2**64) - 2**63
     # By blocks of rows: the hashes of all elements at once would take eight times the memory of a bfloat16 `x`.
     block_bytes = CPU_BLOCK_BYTES if x.device.type == "cpu" else GPU_BLOCK_BYTES

@@ -73,7 +73,7 @@ class GPTModel(nn.Module):
         key = None
         if self.config.dropout and sample_indices is not None:
             of_shard = self.tensor.sequence_shard(positions, 0)
-            key = DropoutKey.build(self.config.dropout, self.seed, sample_indices, of_shard)
+            key = DropoutKey.build(self.config.dropout, self.seed, sample_indices, of_shard, self.config.hidden_size)
         hidden = self._hidden(inputs, positions, None, key)
         if not self.stage.is_last:
             return hidden

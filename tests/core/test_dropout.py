@@ -17,14 +17,14 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 SMALL = st.integers(0, 2**20)
 
 
-def key_of(samples, positions, rate=0.25, seed=1234):
-    return DropoutKey.build(rate, seed, torch.as_tensor(samples), torch.as_tensor(positions))
+def key_of(samples, positions, hidden, rate=0.25, seed=1234):
+    return DropoutKey.build(rate, seed, torch.as_tensor(samples), torch.as_tensor(positions), hidden)
 
 
 def dropped(samples, positions, hidden, rate=0.25, seed=1234, layer=3, site=DropoutSite.MLP):
     """Which elements `[batch, seq, hidden]` are dropped."""
     ones = torch.ones(len(samples), len(positions), hidden)
-    return dropout(ones, key_of(samples, positions, rate, seed), dropout_place(layer, site)) == 0
+    return dropout(ones, key_of(samples, positions, hidden, rate, seed), dropout_place(layer, site)) == 0
 
 
 def reference_hash(seed, sample, layer, site, position, channel):
@@ -142,7 +142,7 @@ def test_coordinates_are_not_exchangeable():
 def test_kept_elements_and_their_gradients_are_scaled_and_the_others_zero(dtype):
     rate = 0.3
     x = torch.randn(3, 11, 50, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    result = dropout(x, key_of(range(3), range(11), rate), dropout_place(3, DropoutSite.MLP))
+    result = dropout(x, key_of(range(3), range(11), 50, rate), dropout_place(3, DropoutSite.MLP))
     (gradient,) = torch.autograd.grad(result, x, torch.ones_like(result))
     mask = ~dropped(range(3), range(11), 50, rate)
     assert result.dtype == gradient.dtype == dtype
@@ -152,7 +152,7 @@ def test_kept_elements_and_their_gradients_are_scaled_and_the_others_zero(dtype)
 
 def test_any_strides_will_do():
     x = torch.randn(50, 11, 3, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
-    key = key_of(range(3), range(11))
+    key = key_of(range(3), range(11), 50)
     result = dropout(x, key, dropout_place(0, DropoutSite.EMBEDDING))
     assert torch.equal(result, dropout(x.contiguous(), key, dropout_place(0, DropoutSite.EMBEDDING)))
     (gradient,) = torch.autograd.grad(result.sum(), x)
@@ -161,16 +161,19 @@ def test_any_strides_will_do():
 
 def test_gradcheck():
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    key = key_of(range(2), range(3))
+    key = key_of(range(2), range(3), 5)
     assert torch.autograd.gradcheck(lambda x: dropout(x, key, dropout_place(1, DropoutSite.ATTENTION)), (x,))
 
 
-def test_only_a_number_a_row_is_saved():
+def test_only_one_number_per_row_is_saved_beside_the_channels_of_the_key():
     saved = []
     x = torch.randn(4, 8, 64, requires_grad=True)
+    key = key_of(range(4), range(8), 64)
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        dropout(x, key_of(range(4), range(8)), dropout_place(1, DropoutSite.MLP))
-    assert [(tensor.dtype, tensor.numel()) for tensor in saved] == [(torch.int64, 4 * 8)]
+        dropout(x, key, dropout_place(1, DropoutSite.MLP))
+    rows, channels = saved
+    assert (rows.dtype, rows.numel()) == (torch.int64, 4 * 8)
+    assert channels.data_ptr() == key.channels.data_ptr()
 
 
 class LargestHashes(TorchDispatchMode):
@@ -189,7 +192,7 @@ class LargestHashes(TorchDispatchMode):
 
 def test_the_hashes_of_all_elements_are_never_held_at_once():
     x = torch.zeros(4, 256, 1024, requires_grad=True)
-    key = key_of(range(4), range(256))
+    key = key_of(range(4), range(256), 1024)
     with LargestHashes() as largest:
         dropout(x, key, dropout_place(1, DropoutSite.MLP)).sum().backward()
     assert CPU_BLOCK_BYTES / 2 < largest.bytes <= CPU_BLOCK_BYTES < x.numel() * 8 / 2
@@ -198,7 +201,7 @@ def test_the_hashes_of_all_elements_are_never_held_at_once():
 def test_recomputation_drops_the_same_elements():
     x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
-    key = key_of(range(2), range(6))
+    key = key_of(range(2), range(6), 16)
 
     def layer(x):
         return dropout(torch.sin(x @ weight), key, dropout_place(1, DropoutSite.MLP))
@@ -212,13 +215,30 @@ def test_recomputation_drops_the_same_elements():
 def test_nothing_to_drop_returns_the_very_tensor():
     x = torch.randn(2, 3, 5)
     assert dropout(x, None, dropout_place(0, DropoutSite.MLP)) is x
-    assert dropout(x, key_of(range(2), range(3), rate=0.0), dropout_place(0, DropoutSite.MLP)) is x
+    assert dropout(x, key_of(range(2), range(3), 5, rate=0.0), dropout_place(0, DropoutSite.MLP)) is x
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 2, 5), (6, 5)])
-def test_a_key_of_other_rows_is_refused(shape):
-    with pytest.raises(ValueError, match=r"key of its rows, not one of \(2, 3\)"):
-        dropout(torch.ones(shape), key_of(range(2), range(3)), dropout_place(0, DropoutSite.MLP))
+@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 2, 5), (6, 5), (2, 3, 4)])
+def test_a_key_of_other_rows_or_channels_is_refused(shape):
+    with pytest.raises(ValueError, match=r"key of its rows and channels, not one of \(2, 3, 5\)"):
+        dropout(torch.ones(shape), key_of(range(2), range(3), 5), dropout_place(0, DropoutSite.MLP))
+
+
+def test_a_compiled_graph_takes_the_channels_as_an_input():
+    """Inductor makes an index of a channel that the graph numbers, and Triton's 32 bits do not hold its multiples."""
+    numbered = []
+
+    def look(graph, _):
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        numbered.extend(node for part in parts for node in part.graph.nodes if "arange" in str(node.target))
+        return graph.forward
+
+    x, key = torch.ones(2, 3, 5, requires_grad=True), key_of(range(2), range(3), 5)
+    place = dropout_place(0, DropoutSite.MLP)
+    torch._dynamo.reset()
+    compiled = torch.compile(dropout, backend=look, fullgraph=True)
+    assert torch.equal(compiled(x, key, place), dropout(x, key, place))
+    assert numbered == []
 
 
 @pytest.mark.gpu
@@ -229,7 +249,7 @@ def test_a_gpu_returns_the_bits_of_the_cpu(dtype):
     results = [
         dropout(
             x.to(device),
-            DropoutKey.build(0.1, 5, samples.to(device), positions.to(device)),
+            DropoutKey.build(0.1, 5, samples.to(device), positions.to(device), 4096),
             dropout_place(2, DropoutSite.ATTENTION),
         )
         for device in ("cpu", "cuda")
