@@ -1,7 +1,9 @@
 """Cross entropy fused with the output projection, chunk by chunk: the [tokens, vocabulary] matrix never exists."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,22 @@ from core.compilation import CompiledFunction, missing_compiler
 IGNORED_LABEL = -100
 """Label of a token that has no part in the loss."""
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Size of the one buffer of logits by kind of device. Larger chunks feed the matrix units better and touch the weight's
+CPU_CHUNK_BYTES = 64 * 2**20
+"""Size of the one buffer of logits on a CPU."""
+
+GPU_CHUNK_BYTES = 512 * 2**20, 2 * 2**30
+"""Smallest and largest size of that buffer on a GPU. Larger chunks feed the matrix units better and touch the weight's
 gradient less often; smaller ones save memory."""
+
+MOST_ELEMENTS = 2**31 - 1
+"""Of the buffer: kernels that index it with 32 bits then reach all of it."""
+
+GPU_TILE = 128
+"""Rows that a GPU's matrix product computes at once: chunks are multiples of it."""
+
+GPU_ROW_ELEMENTS = 64
+"""The rows of the buffer start at multiples of it on a GPU. Where they do not start at multiples of 16 bytes, as those
+of GPT-2's 50,257 logits would not, matrix products read and write them two to four times more slowly."""
 
 COMPILED_FROM = 16_384
 """Rows of a vocabulary from which on the element-wise part is worth seconds of a compiler's time."""
@@ -49,13 +64,13 @@ class LinearCrossEntropy(nn.Module):
     """
 
     def __init__(self, chunk_bytes: int | None = None) -> None:
-        """`chunk_bytes` is the most that the buffer takes; None: that of CHUNK_BYTES."""
+        """`chunk_bytes` is the most that the buffer takes; None: what `chunk_limit` says of the device."""
         super().__init__()
         self.chunk_bytes = chunk_bytes
         self.may_compile = True
         """False keeps all eager, for comparison."""
-        self._plain = _ElementWise(_softmax, _sums_and_targets, _exponentials)
-        fused = _fused_softmax, _sums_and_targets, _exponentials
+        self._plain = _ElementWise(_softmax, _sums, _exponentials)
+        fused = _fused_softmax, _sums, _exponentials
         self._compiled = _ElementWise(*(CompiledFunction(function) for function in fused))
 
     def forward(
@@ -69,14 +84,73 @@ class LinearCrossEntropy(nn.Module):
             labels: `[tokens]`, IGNORED_LABEL where a token does not count.
             shard: says which rows; None: all.
         """
-        chunk_bytes = CHUNK_BYTES[weight.device.type] if self.chunk_bytes is None else self.chunk_bytes
-        most = max(1, chunk_bytes // (weight.shape[0] * weight.element_size()))
-        # Chunks of equal size: the last is then hardly shorter, and little is lost where it is computed as a whole one.
-        rows = -(-hidden.shape[0] // -(-hidden.shape[0] // most))
-        buffer = weight.new_empty(rows, weight.shape[0])
+        if self.chunk_bytes is None:
+            self.chunk_bytes = _agreed(chunk_limit(weight.device), weight.device, shard)
+        columns, stride = weight.shape[0], row_stride(weight.shape[0], weight.device.type)
+        multiple = 1 if weight.device.type == "cpu" else GPU_TILE
+        rows = chunk_rows(hidden.shape[0], stride, self.chunk_bytes // weight.element_size(), multiple)
+        buffer = weight.new_empty(rows, stride)[:, :columns]
         compiles = self.may_compile and compiles_loss(weight.shape[0], weight.dtype, weight.device.type)
         element_wise = self._compiled if compiles else self._plain
         return _LinearCrossEntropy.apply(hidden, weight, labels, buffer, shard, element_wise, torch.is_grad_enabled())
+
+
+def chunk_limit(device: torch.device) -> int:
+    """The most bytes that the buffer of logits takes on a device: on a GPU a thirty-second of all its memory, rounded
+    down to a power of two so that devices of one kind agree, between the limits of GPU_CHUNK_BYTES."""
+    if device.type == "cpu":
+        return CPU_CHUNK_BYTES
+    least, most = GPU_CHUNK_BYTES
+    share: int = torch.cuda.get_device_properties(device).total_memory // 32
+    return min(most, max(least, 1 << (share.bit_length() - 1)))
+
+
+def _agreed(limit: int, device: torch.device, shard: VocabularyShard | None) -> int:
+    """The smallest limit of the ranks that share a vocabulary: they take as many chunks, with collectives in each."""
+    if shard is None or device.type == "cpu":
+        return limit
+    limits = torch.tensor(limit, device=device)
+    dist.all_reduce(limits, dist.ReduceOp.MIN, group=shard.group)
+    return int(limits)
+
+
+def row_stride(columns: int, device_type: str) -> int:
+    """Elements from one row of the buffer to the next; what lies behind the columns is never read."""
+    return columns if device_type == "cpu" else -(-columns // GPU_ROW_ELEMENTS) * GPU_ROW_ELEMENTS
+
+
+def chunk_rows(tokens: int, stride: int, elements: int, multiple: int) -> int:
+    """Rows of a buffer of at most `elements`, if that is one row or more, for so many tokens.
+
+    All chunks have as many, so the last is hardly shorter, and little is lost where it is computed as a whole one; and
+    they are a multiple of `multiple`, where the buffer has room for that.
+    """
+    most = max(1, min(elements, MOST_ELEMENTS) // stride)
+    if most > multiple:
+        most -= most % multiple
+    equal = -(-tokens // -(-tokens // most))
+    return min(most, -(-equal // multiple) * multiple)
+
+
+@cache
+def sums_in_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a matrix product of this type on this device can be added to a float32 matrix before it is rounded, which
+    torch has for CUDA alone."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _adds_in_product(device, dtype)
+
+
+def _adds_in_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a small product is added so, and rightly: versions of torch and of cuBLAS differ in what they take."""
+    left, right = (torch.full(shape, 0.5, dtype=dtype, device=device) for shape in ((16, 24), (24, 8)))
+    total = torch.ones(16, 8, device=device)
+    try:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    if not torch.equal(total, torch.full_like(total, 1 + 24 / 4)):
+        warnings.warn(f"torch.addmm with out_dtype is wrong for {dtype} on {device}: it is not used", stacklevel=2)
+        return False
+    return True
 
 
 def compiles_loss(vocabulary: int, dtype: torch.dtype, device_type: str) -> bool:
@@ -93,7 +167,7 @@ class _ElementWise(NamedTuple):
     """What is done to a chunk of logits between the products, plain or compiled."""
 
     softmax: Callable[..., torch.Tensor]
-    sums_and_targets: Callable[..., torch.Tensor]
+    sums: Callable[..., torch.Tensor]
     exponentials: Callable[..., None]
 
 
@@ -153,21 +227,19 @@ def _losses_and_logit_gradients(
     With a `shard` the logits are those of its tokens, and two small sums over ranks are needed.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    if shard is None:
-        own, is_own = targets, None
-        losses = element_wise.softmax(logits, targets, with_gradients)
+    own, is_own = (targets, None) if shard is None else _own_targets(targets, shard)
+    # Before the softmax writes over them; and not in what is compiled, which would become two kernels instead of one.
+    target_logits = logits.gather(1, own.unsqueeze(1)).squeeze(1).to(wide)
+    if shard is None or is_own is None:
+        losses = element_wise.softmax(logits, with_gradients) - target_logits
     else:
         logits[:, shard.tokens :] = -torch.inf
         maxima = logits.amax(1).to(wide)
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
-        own = targets - shard.first
-        is_own = (own >= 0) & (own < shard.tokens)
-        own = torch.where(is_own, own, 0)
         compiled = isinstance(element_wise.exponentials, CompiledFunction)
         blocks = [slice(None)] if compiled else _blocks(logits)
-        parts = [element_wise.sums_and_targets(logits[rows], own[rows], maxima[rows]) for rows in blocks]
-        sums, own_targets = torch.cat(parts, 1)
-        totals = torch.stack([sums, torch.where(is_own, own_targets, 0.0)])
+        sums = torch.cat([element_wise.sums(logits[rows], maxima[rows]) for rows in blocks])
+        totals = torch.stack([sums, torch.where(is_own, target_logits, 0.0)])
         dist.all_reduce(totals, group=shard.group)
         log_sums = totals[0].log() + maxima
         losses = log_sums - totals[1]
@@ -185,8 +257,16 @@ def _losses_and_logit_gradients(
     return losses
 
 
-def _softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """Cross entropies `[rows]`; logits `[rows, vocabulary]` become probabilities in place, if gradients are wanted.
+def _own_targets(targets: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of this rank's weight that stand for the targets, and whether they do; elsewhere row 0."""
+    own = targets - shard.first
+    is_own = (own >= 0) & (own < shard.tokens)
+    return torch.where(is_own, own, 0), is_own
+
+
+def _softmax(logits: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Logarithms `[rows]` of the sums of exponentials; logits `[rows, vocabulary]` become probabilities in place, if
+    gradients are wanted.
 
     By torch's one kernel for softmax, and on the same memory for each block: on a CPU the page faults of fresh memory
     cost more. The sum of exponentials is had from the largest probability, which cannot vanish.
@@ -195,33 +275,30 @@ def _softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) 
     wide = torch.promote_types(logits.dtype, torch.float32)
     narrow = logits.dtype != wide
     scratch = torch.empty(1 + narrow, len(logits[blocks[0]]), logits.shape[1], dtype=wide, device=logits.device)
-    losses = torch.empty(len(logits), dtype=wide, device=logits.device)
+    log_sums = torch.empty(len(logits), dtype=wide, device=logits.device)
     for rows in blocks:
         block = logits[rows]
         probabilities = scratch[0, : len(block)]
         values = scratch[1, : len(block)].copy_(block) if narrow else block
         torch.softmax(values, 1, out=probabilities)
-        target_values = values.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-        losses[rows] = values.amax(1) - probabilities.amax(1).log() - target_values
+        log_sums[rows] = values.amax(1) - probabilities.amax(1).log()
         if with_gradients:
             block.copy_(probabilities)
-    return losses
+    return log_sums
 
 
-def _fused_softmax(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """The same in operations that a compiler fuses."""
+def _fused_softmax(logits: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """The same in operations that a compiler fuses to one kernel."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_sums = wide.logsumexp(1)
-    losses = log_sums - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
     if with_gradients:
         logits.copy_((wide - log_sums.unsqueeze(1)).exp())
-    return losses
+    return log_sums
 
 
-def _sums_and_targets(logits: torch.Tensor, own: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
-    """`[2, rows]`: sums of exp(logits - maximum), and logits of the tokens `own` `[rows]`, of `[rows, vocabulary]`."""
-    sums = (logits.to(maxima.dtype) - maxima.unsqueeze(1)).exp_().sum(1)
-    return torch.stack([sums, logits.gather(1, own.unsqueeze(1)).squeeze(1).to(maxima.dtype)])
+def _sums(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """Sums `[rows]` of exp(logits - maximum) of logits `[rows, vocabulary]`."""
+    return (logits.to(maxima.dtype) - maxima.unsqueeze(1)).exp_().sum(1)
 
 
 def _exponentials(logits: torch.Tensor, log_sums: torch.Tensor) -> None:
@@ -240,6 +317,9 @@ def _add_product(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Ten
     """accumulator += left @ right, where the accumulator may be wider than the factors."""
     if accumulator.dtype == left.dtype:
         accumulator.addmm_(left, right)
+        return
+    if sums_in_product(left.device, left.dtype):
+        torch.addmm(accumulator, left, right, out_dtype=torch.float32, out=accumulator)
         return
     factor = FLOAT16_FACTOR if left.dtype == torch.float16 else 1.0
     right = right / factor

@@ -1,13 +1,32 @@
 """The fused loss against the plain one, which exists only here."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch._inductor.config
+import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import core.loss
-from core.loss import COMPILED_FROM, IGNORED_LABEL, LinearCrossEntropy, compiles_loss
+from core.loss import (
+    COMPILED_FROM,
+    IGNORED_LABEL,
+    MOST_ELEMENTS,
+    LinearCrossEntropy,
+    VocabularyShard,
+    chunk_limit,
+    chunk_rows,
+    compiles_loss,
+    row_stride,
+    sums_in_product,
+)
+from parallel.local_ranks import run_ranks
 
 TOKENS, HIDDEN, VOCABULARY = 150, 24, 301
 
@@ -157,3 +176,122 @@ def test_a_loss_beyond_what_exponentials_hold_is_exact():
     hidden = torch.tensor([[300.0], [-300.0], [0.0]])
     losses = LinearCrossEntropy()(hidden, torch.tensor([[0.0], [-1.0]]), torch.tensor([1, 0, IGNORED_LABEL]))
     assert losses.item() == pytest.approx(600)
+
+
+def padded_row(columns, device_type):
+    return -(-columns // 64) * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_buffer_with_aligned_rows_gives_the_same_bits(dtype, monkeypatch):
+    plain_rows = run(LinearCrossEntropy(chunk_bytes=40 * VOCABULARY * 8), problem(dtype))
+    monkeypatch.setattr(core.loss, "row_stride", padded_row)
+    monkeypatch.setattr(core.loss, "chunk_rows", lambda *_: 40)
+    aligned_rows = run(LinearCrossEntropy(), problem(dtype))
+    monkeypatch.setattr(core.loss, "row_stride", lambda columns, _: columns)
+    same_chunks = run(LinearCrossEntropy(), problem(dtype))
+    for aligned, packed, other_chunks in zip(aligned_rows, same_chunks, plain_rows, strict=True):
+        assert torch.equal(aligned, packed)
+        torch.testing.assert_close(aligned, other_chunks, rtol=2e-2, atol=2e-2)
+
+
+def loss_of_a_shard(rank, world_size, dtype):
+    """What a rank finds with rows of the weight of its own, on a packed and on an aligned buffer."""
+    rows = -(-VOCABULARY // world_size)
+    hidden, weight, labels = problem(dtype)
+    own = F.pad(weight.detach(), (0, 0, 0, rows * world_size - VOCABULARY))[rank * rows : (rank + 1) * rows]
+    shard = VocabularyShard(rank * rows, min(rows, VOCABULARY - rank * rows), dist.group.WORLD)
+    core.loss.chunk_rows = lambda *_: 40
+    found = []
+    for stride in (row_stride, padded_row):
+        core.loss.row_stride = stride
+        found.append(run(partial(LinearCrossEntropy(), shard=shard), (hidden, own, labels)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ranks_that_share_a_vocabulary_find_the_same_bits_on_aligned_rows(dtype):
+    for packed, aligned in run_ranks(2, loss_of_a_shard, dtype):
+        for one, other in zip(packed, aligned, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("columns", "device_type", "stride"),
+    [(50257, "cpu", 50257), (50257, "cuda", 50304), (25129, "cuda", 25152), (50304, "cuda", 50304)],
+)
+def test_rows_are_aligned_on_a_gpu(columns, device_type, stride):
+    assert row_stride(columns, device_type) == stride
+
+
+@given(
+    tokens=st.integers(1, 2**20),
+    stride=st.integers(1, 2**18),
+    elements=st.integers(1, 2**32),
+    multiple=st.sampled_from([1, 128]),
+)
+def test_chunks_fit_their_buffer_and_cover_all_tokens(tokens, stride, elements, multiple):
+    rows = chunk_rows(tokens, stride, elements, multiple)
+    room = min(elements, MOST_ELEMENTS) // stride
+    assert 1 <= rows <= max(1, room)
+    assert rows % multiple == 0 or rows == max(1, room) < multiple
+    most = room - room % multiple if room > multiple else max(1, room)
+    assert -(-tokens // rows) <= -(-tokens // most)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "chunk_bytes"), [(15, 512), (23.5, 512), (39.4, 1024), (63, 1024), (79.1, 2048), (139, 2048)]
+)
+def test_the_buffer_of_a_gpu_grows_with_its_memory(gigabytes, chunk_bytes, monkeypatch):
+    properties = SimpleNamespace(total_memory=int(gigabytes * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert chunk_limit(torch.device("cuda", 0)) == chunk_bytes * 2**20
+    assert chunk_limit(torch.device("cpu")) == 64 * 2**20
+
+
+def adds_in_float32(total, left, right, *, out_dtype, out):
+    """What torch.addmm does on CUDA with an `out_dtype`."""
+    assert out_dtype == out.dtype == torch.float32
+    return out.copy_(total + left.float() @ right.float())
+
+
+def test_products_are_added_in_float32_where_torch_can(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not sums_in_product(cpu, torch.bfloat16)
+    assert not core.loss._adds_in_product(cpu, torch.bfloat16)  # torch has none for a CPU
+    monkeypatch.setattr(torch, "addmm", adds_in_float32)
+    assert core.loss._adds_in_product(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch, "addmm", lambda total, *_, **__: total + 1)
+    with pytest.warns(UserWarning, match="out_dtype is wrong for torch.bfloat16 on cpu: it is not used"):
+        assert not core.loss._adds_in_product(cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_added_in_a_product_is_not_rounded_before(dtype, monkeypatch):
+    inputs = problem(dtype)
+    chunk_bytes = 16 * VOCABULARY * 2
+    *_, rounded = run(LinearCrossEntropy(chunk_bytes), inputs, scale=1.0)
+    monkeypatch.setattr(core.loss, "sums_in_product", lambda *_: True)
+    monkeypatch.setattr(torch, "addmm", adds_in_float32)
+    *_, added = run(LinearCrossEntropy(chunk_bytes), inputs, scale=1.0)
+    *_, exact = run(plain, [part.double() if part.is_floating_point() else part for part in inputs], scale=1.0)
+    errors = [(gradient.double() - exact).abs().mean() for gradient in (added, rounded)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("columns", [VOCABULARY, padded_row(VOCABULARY, "")])
+def test_the_compiled_softmax_is_one_kernel(columns):
+    """It reads the logits and writes the probabilities once: two kernels would read them again in between."""
+    kernels = []
+
+    def count(nodes):
+        kernels.append(len(nodes))
+        return nodes
+
+    logits = torch.randn(8, columns)[:, :VOCABULARY]
+    expected = logits.softmax(1)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(_post_fusion_custom_pass=count, fx_graph_cache=False):
+        torch.compile(core.loss._fused_softmax, dynamic=False)(logits, True)
+    torch.testing.assert_close(logits, expected)
+    assert kernels == [1]
