@@ -1,10 +1,13 @@
 """Causal self-attention: multi-head, grouped-query and multi-query, with a key/value cache for decoding."""
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.config import ModelConfig
 from core.norm import RMSNorm
@@ -97,24 +100,30 @@ class SelfAttention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if rotary is not None:
+            # Before heads and positions change places: what is rotated afterwards would lie in memory by heads, and so
+            # would the output, which the next product takes by positions.
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(key, value)
         mask = self._mask(query.shape[2], key.shape[2], x.device)
-        if self.grouped and mask is not None:
-            # No fused kernel of CUDA takes groups and a mask at once: without one, scores of all heads would be stored.
+        grouped = self.grouped
+        if grouped and (mask is not None or (query.is_cuda and query.dtype == torch.float32)):
+            # No fused kernel of CUDA takes groups together with a mask or with float32: attention would store the
+            # scores of all heads.
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and query.shape[2] > 1,
-            enable_gqa=self.grouped and mask is None,
-        )
+            grouped = False
+        with only_kernels(allowed_kernels(query.device.type, masked=mask is not None, cached=cache is not None)):
+            attended = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None and query.shape[2] > 1,
+                enable_gqa=grouped,
+            )
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
@@ -124,3 +133,21 @@ class SelfAttention(nn.Module):
         if window == keys and queries in (1, keys):
             return None
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before).triu(before - window + 1)
+
+
+def allowed_kernels(device_type: str, *, masked: bool, cached: bool) -> Sequence[SDPBackend]:
+    """The kernels of attention that torch may choose from; none: all of them.
+
+    cuDNN's is the fastest on recent GPUs and the first choice there. But with a mask it has returned gradients that are
+    NaN (pytorch#196678, in torch 2.11), and for every length of cached keys it makes a new plan, which takes tens of
+    milliseconds per token.
+    """
+    if device_type != "cuda" or not (masked or cached):
+        return ()
+    by_length = () if masked else (SDPBackend.FLASH_ATTENTION,)
+    return *by_length, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+
+
+def only_kernels(kernels: Sequence[SDPBackend]) -> AbstractContextManager[None]:
+    """Lets attention use these kernels alone; without any, it may use all."""
+    return sdpa_kernel(list(kernels)) if kernels else nullcontext()

@@ -42,10 +42,11 @@ def _slow_down(frequencies: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) of `[batch, heads, seq, head_dim]` by their position's angles."""
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) of `[batch, seq, heads, head_dim]` by their position's angles."""
     first, second = x.chunk(2, dim=-1)
+    cosine, sine = table.cosine.unsqueeze(1), table.sine.unsqueeze(1)
     rotated = (
-        first * table.cosine - second * table.sine,
-        second * table.cosine + first * table.sine,
+        first * cosine - second * sine,
+        second * cosine + first * sine,
     )
     return torch.cat(rotated, dim=-1).to(x.dtype)

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from core.attention import KeyValueCache, SelfAttention
+import core.attention
+from core.attention import KeyValueCache, SelfAttention, allowed_kernels
 from core.config import ModelConfig
 from core.rotary import apply_rotary, rotary_table
 from parallel.initialization import materialize
@@ -49,7 +52,7 @@ def written_out(attention, x, table):
                 for part, norm in ((q, attention.query_norm), (k, attention.key_norm))
             )
         if table is not None:
-            q, k = (apply_rotary(part.unsqueeze(1), table).squeeze(1) for part in (q, k))
+            q, k = (apply_rotary(part.unsqueeze(2), table).squeeze(2) for part in (q, k))
         for position in range(x.shape[1]):
             seen = slice(max(0, position + 1 - (attention.window or SEQ)), position + 1)
             scores = (k[:, seen] * q[:, position : position + 1]).sum(-1) / math.sqrt(head_dim)
@@ -109,6 +112,51 @@ def test_a_cache_changes_nothing_however_the_sequence_arrives(pieces, window):
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_sees_neither_masks_nor_caches(masked, cached):
+    assert allowed_kernels("cpu", masked=masked, cached=cached) == ()
+    allowed = allowed_kernels("cuda", masked=masked, cached=cached)
+    if not masked and not cached:
+        assert allowed == (), "cuDNN's kernel is the fastest where it may be used"
+        return
+    assert SDPBackend.CUDNN_ATTENTION not in allowed
+    assert {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} <= set(allowed)
+    assert (SDPBackend.FLASH_ATTENTION in allowed) == (not masked), "flash attention takes no mask"
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the kernels of attention that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in func.__name__:
+            self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("window", "cached"), [(None, True), (4, False), (4, True), (None, False)])
+def test_attention_uses_only_the_kernels_that_are_allowed(window, cached, monkeypatch):
+    """On a CPU too: it has two kernels, and here only masks and caches may use the plain one."""
+    asked = []
+
+    def only_the_plain_one(device_type, *, masked, cached):
+        asked.append((masked, cached))
+        return (SDPBackend.MATH,) if masked or cached else ()
+
+    monkeypatch.setattr(core.attention, "allowed_kernels", only_the_plain_one)
+    attention = build(groups=HEADS, sliding_window=window)
+    cache = KeyValueCache(BATCH, HEADS, SEQ, attention.head_dim, torch.float64, torch.device("cpu")) if cached else None
+    with Kernels() as kernels, torch.no_grad():
+        attention(torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64), None, cache)
+    assert asked == [(window is not None, cached)]
+    fused = "_scaled_dot_product_flash_attention_for_cpu.default" in kernels.names
+    assert fused == (window is None and not cached)
+
+
 def test_later_positions_do_not_reach_earlier_ones():
     attention = build(groups=3)
     x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.float64)
@@ -133,7 +181,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_rotary_angles_keep_float64_and_never_fall_below_float32():
     assert table_of(range(3)).sine.dtype == torch.float64
     assert table_of(range(3), dtype=torch.bfloat16).sine.dtype == torch.float32
-    x = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16)
+    x = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
     assert apply_rotary(x, table_of(range(3), dtype=x.dtype)).dtype == torch.bfloat16
 
 

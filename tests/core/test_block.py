@@ -1,13 +1,18 @@
 """Recomputation and compilation change what is kept and when it is computed, never what comes out."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import core.attention
 from core.config import ModelConfig
 from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
@@ -115,11 +120,11 @@ def test_products_within_tensor_parallel_functions_are_kept_too(sequence):
         assert plain[rank][1] == selective[rank][1] < full[rank][1]
 
 
-def follow(monkeypatch):
+def follow(monkeypatch, backend="aot_eager"):
     """Compile up to the graph that a compiler would get, and run that: the same arithmetic in little time."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
 def graphs():
@@ -144,6 +149,26 @@ def test_compiled_layers_share_one_graph_and_compute_the_same(monkeypatch, name,
     with torch.no_grad():
         assert near([compiled(*batch()[:2])], [plain(*batch()[:2])])
     assert graphs() == (2, 0), "evaluation, without dropout and gradients, is another"
+
+
+@pytest.mark.parametrize("allowed", [(), (SDPBackend.MATH,)])
+def test_a_compiled_layer_chooses_kernels_inside_its_graph(monkeypatch, allowed):
+    operators = []
+
+    def look(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    follow(monkeypatch, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    monkeypatch.setattr(core.attention, "allowed_kernels", lambda *_, **__: allowed)
+    config = dataclasses.replace(LLAMA, sliding_window=5)
+    plain, compiled = (build(config, torch.float64, "none") for _ in range(2))
+    compiled.block.compile_layers()
+    for model in (plain, compiled):
+        model(*batch()).backward()
+    assert graphs() == (1, 0)
+    assert any("flash_attention" in name for name in operators) == (not allowed)
+    assert near([p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()])
 
 
 def compiled_rank(rank, world_size, name, sequence, recompute):
