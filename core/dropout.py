@@ -112,11 +112,12 @@ def _drop(x: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor, rate: flo
     # Multiplied, because CUDA divides by a scalar by multiplying with its reciprocal, and a CPU does not.
     result = (x * (1 / (1 - rate))).contiguous()
     threshold = int(rate * 2**64) - 2**63
+    if torch.compiler.is_compiling():
+        # Fused, so that no hash reaches memory; not in place, of which torch 2.11 loses the gradient.
+        return torch.where(_mix(rows.unsqueeze(-1) + channels) < threshold, 0, result)
     # By blocks of rows: the hashes of all elements at once would take eight times the memory of a bfloat16 `x`.
     block_bytes = CPU_BLOCK_BYTES if x.device.type == "cpu" else GPU_BLOCK_BYTES
     block_rows = max(1, block_bytes // (8 * hidden))
-    if torch.compiler.is_compiling():
-        block_rows = len(rows.view(-1))  # fused, hashes never reach memory
     for block, keys in zip(result.view(-1, hidden).split(block_rows), rows.view(-1, 1).split(block_rows), strict=True):
         block.masked_fill_(_mix(keys + channels) < threshold, 0)
     return result
