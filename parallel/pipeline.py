@@ -181,22 +181,29 @@ class Pipeline(DataParallel):
     def _forward_group(
         self, index: int, batches: Sequence[Batch], group: range, handed_on: dict[int, torch.Tensor]
     ) -> None:
-        """Take micro-batches of a group through one stage; `handed_on` passes between stages of one rank."""
+        """Take micro-batches of a group through one stage; `handed_on` passes between stages of one rank.
+
+        All are received before the first is computed, and all computed before the first is sent. NCCL has one queue for
+        a pair of ranks, for both directions: where a rank sends in between, a receive of its neighbour may wait behind
+        a send that waits for that very receive.
+        """
         source, target = (self._rank_of(index + step) for step in (-1, 1))
-        sending = []
+        own = self._mesh.pp_rank
+        if source not in (None, own):
+            for number in group:
+                handed_on[number] = torch.empty_like(self._hidden_like(batches[number][0]), device=self._device)
+                dist.recv(handed_on[number], group=self._mesh.pipeline_group, group_src=source)
         for number in group:
             inputs, others = batches[number]
-            if source == self._mesh.pp_rank:
-                inputs = handed_on[number]
-            elif source is not None:
-                inputs = torch.empty_like(self._hidden_like(inputs), device=self._device)
-                dist.recv(inputs, group=self._mesh.pipeline_group, group_src=source)
-            handed_on[number] = output = self._modules[index](inputs, **others)
+            output = self._modules[index](inputs if source is None else handed_on[number], **others)
             if target is None:
                 self._losses[number] = output.double()
-            elif target != self._mesh.pp_rank:
-                handed_on[number] = output = output.contiguous()
-                sending.append(dist.isend(output, group=self._mesh.pipeline_group, group_dst=target))
+            else:
+                handed_on[number] = output.contiguous()
+        if target in (None, own):
+            return
+        messages = [handed_on[number] for number in group]
+        sending = [dist.isend(message, group=self._mesh.pipeline_group, group_dst=target) for message in messages]
         for work in sending:
             if work is not None:
                 work.wait()

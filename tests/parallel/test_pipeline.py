@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.initialization import materialize
@@ -58,6 +59,77 @@ def test_an_evaluation_finds_the_losses_of_training(pp, schedule):
     evaluated, trained, first = known[0]
     assert torch.equal(evaluated, trained)
     assert torch.equal(evaluated[:3], first)
+
+
+def messages_of_an_evaluation(rank, world_size, config):
+    """What a rank sends and receives, in its order: (whether it sends, the other rank)."""
+    order, receive, send = [], dist.recv, dist.isend
+
+    def recording_receive(tensor, group, group_src):
+        order.append((False, group_src))
+        return receive(tensor, group=group, group_src=group_src)
+
+    def recording_send(tensor, group, group_dst):
+        order.append((True, group_dst))
+        return send(tensor, group=group, group_dst=group_dst)
+
+    dist.recv, dist.isend = recording_receive, recording_send
+    materialized(config).evaluate(micro_batches(config))
+    return order
+
+
+def finishes_with_one_queue_per_pair(orders):
+    """Whether ranks get to the end of their messages where NCCL buffers nothing.
+
+    A pair of ranks has one queue for both directions. A rank's message is begun once those before it in its queue are
+    over, and all that the rank received before: what it sends is computed from that. It is over once the other rank has
+    begun the same message.
+    """
+    waiting = [list(enumerate(order)) for order in orders]
+
+    def begun(rank, peer):
+        """The next message with a peer, as (whether it is sent, number); None where it cannot begin yet."""
+        for number, (sends, other) in waiting[rank]:
+            if other == peer:
+                return sends, number
+            if not sends:
+                return None
+        return None
+
+    progress = True
+    while progress:
+        progress = False
+        for rank in range(len(orders)):
+            for peer in range(rank):
+                ours, theirs = begun(rank, peer), begun(peer, rank)
+                if ours is not None and theirs is not None and ours[0] != theirs[0]:
+                    waiting[rank] = [entry for entry in waiting[rank] if entry[0] != ours[1]]
+                    waiting[peer] = [entry for entry in waiting[peer] if entry[0] != theirs[1]]
+                    progress = True
+    return not any(waiting)
+
+
+def test_a_rank_that_sends_between_receives_would_hang():
+    """As evaluations of two ranks with two stages each did until each group of micro-batches was received as one."""
+    first, second = ([(letter == "S", peer) for letter in word] for word, peer in (("SSRSRS", 1), ("RSRSRR", 0)))
+    assert not finishes_with_one_queue_per_pair([first, second])
+    first, second = ([(letter == "S", peer) for letter in word] for word, peer in (("SSRRSS", 1), ("RRSSRR", 0)))
+    assert finishes_with_one_queue_per_pair([first, second])
+
+
+@pytest.mark.parametrize(
+    ("pp", "schedule", "virtual_stages"),
+    [(2, "1f1b", 1), (2, "interleaved", 2), (2, "zb", 2), (2, "zbv", 2), (3, "interleaved", 2), (4, "zb", 2)],
+)
+def test_an_evaluation_needs_no_buffer_between_ranks(pp, schedule, virtual_stages):
+    config = build(pp, schedule, layers="even", virtual_stages=virtual_stages)
+    orders = run_ranks(pp, messages_of_an_evaluation, config)
+    messages = len(micro_batches(config)) * (config.parallel.stages - 1)
+    crossing = (
+        messages if schedule != "zbv" else messages * (config.parallel.stages - 2) // (config.parallel.stages - 1)
+    )
+    assert sum(map(len, orders)) == 2 * crossing
+    assert finishes_with_one_queue_per_pair(orders)
 
 
 class Operators(TorchDispatchMode):
