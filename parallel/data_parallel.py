@@ -114,4 +114,8 @@ class _ScatterToOneself:
         memory, self._input = self._input, None
         if memory is None:
             memory = self._input = torch.empty(size, dtype=dtype, device=device)
+        elif memory.is_cuda:
+            # FSDP takes the input on the stream of layers and sums into the output on its own, and may let go of it
+            # there before that stream is done: without this, layers could be given the memory meanwhile.
+            memory.record_stream(torch.cuda.current_stream())
         return memory

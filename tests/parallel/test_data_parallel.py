@@ -12,7 +12,7 @@ from core.config import ModelConfig
 from data.batches import MicroBatch
 from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
-from parallel.data_parallel import shard_data_parallel
+from parallel.data_parallel import _ScatterToOneself, shard_data_parallel
 from parallel.gradients import local_gradients
 from parallel.initialization import materialize
 from parallel.local_ranks import run_ranks
@@ -238,3 +238,25 @@ def test_micro_batches_and_ranks_add_up_in_float32(layout, zero, precision):
             assert gradient.dtype == torch.float32
             scale = expected[name].abs().max().clamp(min=1e-6)
             assert (gradient - expected[name]).abs().max() < 1e-5 * scale, name
+
+
+class OnGpu:
+    """A tensor as if on a GPU, that notes the streams which use it."""
+
+    is_cuda = True
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+def test_the_buffer_of_a_rank_alone_outlives_the_stream_that_sums_into_it(monkeypatch):
+    """FSDP asks for the input on the stream of layers, for the output on its own, and lets go of it there at once."""
+    scatter, buffer = _ScatterToOneself(), OnGpu()
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: buffer)
+    for stream in ("layers", "reductions"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda stream=stream: stream)
+        assert scatter.allocate([4], dtype=torch.float32, device="cuda") is buffer
+    assert buffer.streams == ["reductions"]
