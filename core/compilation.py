@@ -5,7 +5,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,17 +37,43 @@ class CompiledFunction:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._chosen: Callable[..., Any] | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._works = False
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's result."""
-        if self._chosen is None:
-            try:
-                self._chosen = torch.compile(self._function, dynamic=False)
-                return self._chosen(*arguments)
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                name = self._function.__name__
-                warnings.warn(f"{name} is not compiled: {type(error).__name__}: {reason}", stacklevel=2)
-                self._chosen = self._function
-        return self._chosen(*arguments)
+        """The function's result. Raises torch.OutOfMemoryError, which the plain function would not mend: it needs more
+        memory."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self._function, dynamic=False)
+        if self._compiled is self._function:
+            return self._function(*arguments)
+        try:
+            # torch.compile would else run a function of too many shapes uncompiled, without a word.
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                result = self._compiled(*arguments)
+        except Exception as error:
+            for cause in _causes(error):
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+            if self._works and not _is_of_the_compiler(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            name = self._function.__name__
+            warnings.warn(f"{name} is not compiled: {type(error).__name__}: {reason}", stacklevel=2)
+            self._compiled = self._function
+            return self._function(*arguments)
+        self._works = True
+        return result
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second to import
+
+    return isinstance(error, FailOnRecompileLimitHit | TorchDynamoException)
