@@ -26,6 +26,7 @@ from training.checkpoint_storage import (
 )
 from training.exchange import exchange, to_all
 from training.faults import Faults
+from training.host_copy import HostCopy
 from training.manifest import Manifest, TensorEntry
 
 
@@ -65,7 +66,7 @@ class CheckpointSaver:
         self._asynchronous = asynchronous
         self._faults = faults or Faults()
         self._plan: Plan | None = None
-        self._copies: dict[str, torch.Tensor] = {}
+        self._host = HostCopy()
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._ended: Ended | None = None
@@ -100,7 +101,8 @@ class CheckpointSaver:
         self.written.clear()
         self.all_written.clear()
         passing("checkpoint.stage")
-        own = self._copied(own)
+        copies = self._host.take({name: part.values for name, part in own.items()})
+        own = {name: replace(part, values=copies[name]) for name, part in own.items()}
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         arguments = writer, step, plan.size, own
@@ -129,18 +131,6 @@ class CheckpointSaver:
 
             self._plan = exchange(lambda: claims(parts), share, "sharing out the writing of checkpoints")
         return self._plan
-
-    def _copied(self, parts: Mapping[str, TensorPart]) -> dict[str, TensorPart]:
-        """The parts, in host memory that training does not touch."""
-        copied = {}
-        for name, part in parts.items():
-            if name not in self._copies:
-                pinned = part.values.is_cuda
-                self._copies[name] = torch.empty_like(part.values, device="cpu", pin_memory=pinned)
-            copied[name] = replace(part, values=self._copies[name].copy_(part.values, non_blocking=True))
-        if any(part.values.is_cuda for part in parts.values()):
-            torch.cuda.current_stream().synchronize()
-        return copied
 
     def _write(self, writer: CheckpointWriter, step: int, size: int, own: dict[str, TensorPart]) -> None:
         doing, error = f"saving {writer.target}", None

@@ -1,6 +1,7 @@
 """`train.deterministic`: operations that give the same bits every time; those that cannot are refused by name."""
 
 import re
+import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
@@ -20,9 +21,11 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
     environment.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
     # Of all that NCCL might choose from, what every collective has, and what no switch sums in an order of its own.
     environment.setdefault("NCCL_ALGO", "Ring")
-    # torch.compile would else pick kernels, which round differently, by how fast each is at that moment.
-    # Read once, as the compiler is imported: what is set in its configuration later holds for one thread.
+    # torch.compile would else pick kernels, which round differently, by how fast each is at that moment. The compiler
+    # reads the variable once, as it is imported; where it has been by now, what is set holds for this thread alone.
     environment["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if "torch._inductor.config" in sys.modules:
+        sys.modules["torch._inductor.config"].deterministic = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time, helps debug
     torch.backends.cudnn.deterministic = True

@@ -13,6 +13,9 @@ from training.heartbeat import Heartbeat
 from training.recorder import Recorder
 from training.stop import StopRequest
 
+SLOW_FIRST_SAVE = 2.0
+"""Seconds from which on the first save is worth a word."""
+
 
 class Saving:
     """Saves of one run; every method but `look` is collective, at the same step on all ranks.
@@ -38,6 +41,7 @@ class Saving:
         self._error: StorageError | None = None
         self._stalled = 0.0
         self._ending = False
+        self._is_first = True
         self.saved_step = saved_step
         """Of the newest checkpoint of this run that is known to be whole."""
 
@@ -50,7 +54,14 @@ class Saving:
         with self._heartbeat.during("saving a checkpoint"):
             self._saver.save(step, tensors, state)
         self.look()
-        self._stalled += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._stalled += seconds
+        if self._is_first and self._recorder and seconds > SLOW_FIRST_SAVE and not self._ending:
+            self._recorder.console.note(
+                f"the first save held training up for {seconds:.1f} s, as the memory of its copy was new; the next "
+                "ones use it again"
+            )
+        self._is_first = False
 
     def save_last(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
         """Save, and wait for it. Raises StorageError on all ranks where that fails."""

@@ -22,9 +22,12 @@ VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "TORCHINDUCTOR_DETERMINISTI
 
 
 def one_rank(rank, world_size, words):
-    """Exit code of a run, and what stands of determinism after it."""
+    """Exit code of a run, and what stands of determinism after it; the compiler was imported before."""
+    import torch._inductor.config
+
     code = pretrain_gpt.main(words, os.environ)
-    return code, torch.are_deterministic_algorithms_enabled(), *map(os.environ.get, VARIABLES)
+    determined = torch.are_deterministic_algorithms_enabled(), torch._inductor.config.deterministic
+    return code, *determined, *map(os.environ.get, VARIABLES)
 
 
 def rank_with_a_bad_operation(rank, world_size, words):
@@ -67,7 +70,7 @@ def test_two_runs_are_equal_bit_for_bit(out_dir, layout, monkeypatch):
     names = [f"{layout[0]}.{number}" for number in range(2)]
     for name in names:
         found = run_ranks(2, one_rank, [*WORDS, *layout, f"out_dir={out_dir}", f"name='{name}'"], initialize=False)
-        assert found == [(0, True, ":4096:8", "Tree", "1")] * 2
+        assert found == [(0, True, True, ":4096:8", "Tree", "1")] * 2
     first, second = (written(out_dir, name) for name in names)
     assert len(first[0]) == 2
     assert first == second
