@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,8 @@ class SelfAttention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
+            if self.query_norm is not None and x.device.type == "cpu":
+                query, key = _GradientByHeads.apply(query), _GradientByHeads.apply(key)
             # Before heads and positions change places: what is rotated afterwards would lie in memory by heads, and so
             # would the output, which the next product takes by positions.
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
@@ -133,6 +136,22 @@ class SelfAttention(nn.Module):
         if window == keys and queries in (1, keys):
             return None
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before).triu(before - window + 1)
+
+
+class _GradientByHeads(torch.autograd.Function):
+    """`[batch, seq, heads, head_dim]` as it is, whose gradient lies in memory by heads and then positions.
+
+    The gradient of the weight of a head's norm is a sum in the order of memory: with it, runs on a CPU that began when
+    heads were rotated after the transpose go on with the same bits.
+    """
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        return grad_outputs[0].transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def allowed_kernels(device_type: str, *, masked: bool, cached: bool) -> Sequence[SDPBackend]:
