@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from training.checkpoint_storage import (
     tidy,
     write_parts,
 )
+from training.errors import RunDirectoryError
 from training.exchange import exchange, to_all
 from training.faults import Faults
 from training.host_copy import HostCopy
@@ -48,7 +49,8 @@ class Ended:
 
     step: int
     error: Exception | None
-    """StorageError where storage failed; what stood before stands, and nothing is left of the save."""
+    """StorageError where storage failed: what stood before stands, and nothing is left of the save. RunDirectoryError
+    where the run directory is another job's by now."""
 
 
 class CheckpointSaver:
@@ -59,12 +61,20 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, run_dir: Path, keep: Retention, *, asynchronous: bool = False, faults: Faults | None = None
+        self,
+        run_dir: Path,
+        keep: Retention,
+        *,
+        asynchronous: bool = False,
+        faults: Faults | None = None,
+        require_owner: Callable[[], None] = lambda: None,
     ) -> None:
+        """`require_owner` is that of CheckpointWriter; it is asked on rank 0 alone."""
         self._directory = run_dir / DIRECTORY
         self._keep = keep
         self._asynchronous = asynchronous
         self._faults = faults or Faults()
+        self._require_owner = require_owner
         self._plan: Plan | None = None
         self._host = HostCopy()
         self._group: dist.ProcessGroup | None = None
@@ -94,7 +104,8 @@ class CheckpointSaver:
         plan = self._planned(parts)
         own = {name: parts[name] for name in plan.names}
         passing = self._faults.of_step(step)
-        writer = CheckpointWriter(self._directory, Manifest(step, state, {}, plan.entries), self._keep, passing)
+        manifest = Manifest(step, state, {}, plan.entries)
+        writer = CheckpointWriter(self._directory, manifest, self._keep, passing, self._require_owner)
         if not self._asynchronous:
             self._write(writer, step, plan.size, own)
             return
@@ -152,8 +163,9 @@ class CheckpointSaver:
         except Exception as failure:
             error = failure
             if dist.get_rank() == 0:
-                # What cannot be removed now is removed by the next save.
-                with contextlib.suppress(OSError):
+                # What cannot be removed now is removed by the next save; what is another job's by now is left alone.
+                with contextlib.suppress(OSError, RunDirectoryError):
+                    self._require_owner()
                     tidy(self._directory)
         self._ended = Ended(step, error)
         self.written.set()

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,9 +129,19 @@ class CheckpointWriter:
 
     Rank 0 begins, ranks write into a temporary directory, and rank 0 finishes: it writes the manifest last, renames the
     directory, points `latest` to it, and removes older checkpoints. Methods raise OSError where storage fails.
+
+    A process that stood still for minutes may find that another has taken over its run directory. Rank 0 therefore asks
+    `require_owner` before each change that others see; it raises RunDirectoryError in that case.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, keep: Retention, passing: Passing = pass_by) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        keep: Retention,
+        passing: Passing = pass_by,
+        require_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         """`manifest` says step and state, and the tensors without their chunks."""
         self.target = directory / step_name(manifest.step)
         self._temporary = _temporary_name(self.target)
@@ -139,6 +149,7 @@ class CheckpointWriter:
         self._manifest = manifest
         self._keep = keep
         self._passing = passing
+        self._require_owner = require_owner
 
     def begin(self, size: int) -> Path:
         """Make the temporary directory for ranks to write `size` bytes into, and return it.
@@ -146,6 +157,7 @@ class CheckpointWriter:
         Raises ValueError or TypeError for a state that is not finite JSON.
         """
         encode_manifest(self._manifest)
+        self._require_owner()
         self._directory.mkdir(parents=True, exist_ok=True)
         tidy(self._directory)
         require_space(self._directory, size)
@@ -163,14 +175,17 @@ class CheckpointWriter:
         self._passing("checkpoint.manifest")
         write_whole(self._temporary / MANIFEST_NAME, encode_manifest(manifest))
         self._passing("checkpoint.rename")
+        self._require_owner()
         replaced = self.target.with_name(self.target.name + REPLACED)
         if self.target.exists():
             self.target.rename(replaced)
         self._temporary.rename(self.target)
         sync(self._directory)
         sync(self._directory.parent)
+        self._require_owner()
         write_whole(self._directory / "latest", f"{self.target.name}\n".encode())
         self._passing("checkpoint.prune")
+        self._require_owner()
         shutil.rmtree(replaced, ignore_errors=True)
         self._remove_others()
         return [None] * len(wrote)

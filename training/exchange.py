@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from training.errors import StorageError
+from training.errors import RunDirectoryError, StorageError
 
 Found = TypeVar("Found")
 Answer = TypeVar("Answer")
@@ -19,8 +19,9 @@ def exchange(
 ) -> Answer:
     """Every rank acts, and rank 0 concludes from what all found what each of them gets back.
 
-    Collective over `group`, of all ranks; None: the default one. Raises StorageError, of the kind that was raised, on
-    every rank where storage fails on any; RuntimeError where anything else does. `doing` begins its message.
+    Collective over `group`, of all ranks; None: the default one. Raises on every rank, where something fails on any:
+    StorageError, of the kind that was raised, for storage; RunDirectoryError where the run directory is another job's
+    by now; RuntimeError for anything else. `doing` begins its message.
     """
     size, rank = dist.get_world_size(), dist.get_rank()
     outcomes: list[Any] | None = [None] * size if rank == 0 else None
@@ -50,6 +51,8 @@ def _attempt(action: Callable[[], Found], doing: str) -> tuple[Found | None, Exc
     """The action's result, or an error for all ranks to raise."""
     try:
         return action(), None
+    except RunDirectoryError as error:
+        return None, error
     except (OSError, StorageError) as error:
         kind = type(error) if isinstance(error, StorageError) else StorageError
         return None, kind(f"{doing}: rank {dist.get_rank()}: {error}")

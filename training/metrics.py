@@ -2,13 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from training.errors import StorageError
+
+TAIL_BYTES = 65_536
+"""End of metrics.jsonl in which its last whole line is looked for."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ class MetricsLog:
     neither NaN nor infinity. Every method raises StorageError where it cannot write.
     """
 
-    def __init__(self, run_dir: Path, attempt: int) -> None:
-        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one."""
+    def __init__(self, run_dir: Path, attempt: int, require_owner: Callable[[], None] = lambda: None) -> None:
+        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one. `require_owner` is asked
+        before each line, and raises RunDirectoryError where the directory is another job's by now."""
         self._run_dir = run_dir
         self._attempt = attempt
+        self._require_owner = require_owner
         self._files = {"metrics.jsonl": _open(run_dir / "metrics.jsonl")}
 
     def log_step(self, metrics: StepMetrics) -> None:
@@ -92,6 +97,7 @@ class MetricsLog:
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = None
+        self._require_owner()
         with _appending_to(self._run_dir / name):
             self._files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._files[name].flush()
@@ -127,21 +133,44 @@ def _open(path: Path) -> BinaryIO:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl or samples.jsonl: by step, a training step before the evaluation that followed it.
 
-    Where lines go back in steps the run did, and what it had logged from there on is of a course that it left. A torn
-    line is skipped; a file that does not exist is empty.
+    Where lines go back in steps the run did, and what it had logged from there on was abandoned. A line of an earlier
+    start among those of a later one is of a process that did not know yet that it had been succeeded: it is skipped. So
+    is a torn line; a file that does not exist is empty.
     """
     if not path.exists():
         return []
-    course: list[tuple[tuple[int, bool], dict[str, Any]]] = []
+    kept: list[tuple[tuple[int, bool], dict[str, Any]]] = []
+    latest = 0
     with path.open("rb") as lines:
         for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
+            record = _record(line)
+            if record is None or record["attempt"] < latest:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                place = record["step"], "eval_loss" in record
-                while course and course[-1][0] >= place:
-                    course.pop()
-                course.append((place, record))
-    return [record for _, record in course]
+            latest = record["attempt"]
+            place = record["step"], "eval_loss" in record
+            while kept and kept[-1][0] >= place:
+                kept.pop()
+            kept.append((place, record))
+    return [record for _, record in kept]
+
+
+def last_attempt(path: Path) -> int:
+    """The start that wrote the last whole line of metrics.jsonl; -1 where there is none."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        for line in reversed(file.read().splitlines()):
+            if (record := _record(line)) is not None:
+                return int(record["attempt"])
+    return -1
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, with the numbers `step` and `attempt`; None for one that is torn or of something else."""
+    try:
+        record = json.loads(line)
+    except (RecursionError, ValueError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    record.setdefault("attempt", 0)
+    return record if isinstance(record["attempt"], int) else None

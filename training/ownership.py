@@ -1,6 +1,7 @@
 """Whose a run directory is: one living process at a time, whatever host it runs on."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -16,6 +17,8 @@ from training.errors import RunDirectoryError
 from training.heartbeat import process_start
 
 SECONDS_BETWEEN_BEATS = 10.0
+LONGEST_BETWEEN_BEATS = 1.5 * SECONDS_BETWEEN_BEATS
+"""Seconds without a beat after which a process must have stood still."""
 SECONDS_UNTIL_DEAD = 60.0
 """So long without a beat an owner of which nothing else is known counts as dead."""
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -54,6 +57,7 @@ class Ownership:
         self.lost = False
         """Whether another process has the directory by now, as far as the last beat saw."""
         self._folder = folder
+        self._last_beat = -math.inf
         self._number: int | None = None
         self._released = threading.Event()
 
@@ -71,7 +75,7 @@ class Ownership:
                     json.dump(asdict(_this_process()), file)
                 # Others may have come and gone since we looked, or a network file system have shown too little.
                 if _newest(self._folder) == newest + 1:
-                    self._number = newest + 1
+                    self._number, self._last_beat = newest + 1, _clock()
                 else:
                     path.unlink(missing_ok=True)
         for older in _numbers(self._folder):
@@ -95,6 +99,12 @@ class Ownership:
                 f"one; choose another name, such as name={self._folder.name}-2, to have both"
             )
 
+    def check_after_a_pause(self) -> None:
+        """What `check` does, where this process may have lost the folder since it last looked: it stood still for
+        longer than it does between two looks. Else nothing, so that it can be asked at every line that is written."""
+        if self.lost or _clock() - self._last_beat > LONGEST_BETWEEN_BEATS:
+            self.check()
+
     def release(self) -> None:
         """Lets others have the folder."""
         if self._number is None or self._released.is_set():
@@ -114,6 +124,7 @@ class Ownership:
             self._beat()
 
     def _beat(self) -> None:
+        self._last_beat = _clock()
         with suppress(OSError):  # a file system that does not answer now may do so in ten seconds
             self.lost = _newest(self._folder) != self._number
             if not self.lost and self._number is not None:
@@ -180,6 +191,11 @@ def _kernel() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return socket.gethostname()
+
+
+def _clock() -> float:
+    """Seconds that pass while the process is stopped, and where the system has such a clock while the machine is."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _lock(folder: Path, number: int) -> Path:

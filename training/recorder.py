@@ -28,7 +28,7 @@ class Recorder:
         self.config = config
         self.directory = directory
         directory.write_status("running", directory.previous.step if directory.previous else 0, "starting")
-        self.metrics = MetricsLog(directory.path, directory.attempt)
+        self.metrics = MetricsLog(directory.path, directory.attempt, directory.ownership.check_after_a_pause)
         self.console = Console(config.train.steps, interactive=sys.stdout.isatty())
         self._mirrors: list[Mirror] = []
         self._intervals = 0

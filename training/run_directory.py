@@ -22,6 +22,7 @@ from data.files import write_whole
 from data.vocabulary import find_tokenizer, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
+from training.metrics import last_attempt
 from training.ownership import Ownership
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
@@ -59,14 +60,15 @@ class RunDirectory:
         self.path = path
         self.previous = self.read_status()
         self.ownership = Ownership(path)
+        self._last_logged = -1
         self._made = False
         self.saved_step = self.previous.saved_step if self.previous else 0
         """What `write_status` puts down as such."""
 
     @property
     def attempt(self) -> int:
-        """Starts in this directory before this one."""
-        return 0 if self.previous is None else self.previous.attempt + 1
+        """Starts in this directory before this one, also where status.json was removed."""
+        return 1 + max(self._last_logged, -1 if self.previous is None else self.previous.attempt)
 
     def own(self) -> None:
         """Makes the directory and owns it until `ownership.release` or the end of the process.
@@ -79,6 +81,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.ownership.take()
             self.previous = self.read_status()  # of whoever owned it until now
+            self._last_logged = last_attempt(self.path / "metrics.jsonl")
             self.saved_step = self.previous.saved_step if self.previous else 0
         except (FileExistsError, NotADirectoryError) as error:
             obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))

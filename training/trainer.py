@@ -85,7 +85,13 @@ class Trainer:
         self._restore_or_initialize()
         how = config.checkpoint
         keep = Retention(how.keep, how.keep_every, how.keep_best)
-        saver = CheckpointSaver(Path(config.run_dir), keep, asynchronous=how.asynchronous, faults=faults)
+        saver = CheckpointSaver(
+            Path(config.run_dir),
+            keep,
+            asynchronous=how.asynchronous,
+            faults=faults,
+            require_owner=lambda: recorder.directory.ownership.check() if recorder else None,
+        )
         saver.require_space(self._tensors())
         self.saving = Saving(saver, how.max_failures, heartbeat, stop, recorder, self.step)
         self.train_step = TrainStep(

@@ -15,7 +15,7 @@ from training import checkpoint_storage
 from training.checkpoint import choose_checkpoint, load_checkpoint, verify_together
 from training.checkpoint_saver import CheckpointSaver, save_checkpoint
 from training.checkpoint_storage import CheckpointWriter, Retention, claims, read_parts, share_out, write_parts
-from training.errors import DamageError, StorageError
+from training.errors import DamageError, RunDirectoryError, StorageError
 from training.faults import Faults
 from training.manifest import Manifest, TensorEntry, read_manifest
 
@@ -69,6 +69,32 @@ def test_a_save_that_fails_says_so_and_leaves_nothing(tmp_path, one_rank, asynch
         assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.tmp*")) == []
     assert [type(error) for error in errors] == [type(None), StorageError, type(None)]
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("asked", range(4))
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_owner_that_was_succeeded_publishes_and_removes_nothing(tmp_path, one_rank, asynchronous, asked):
+    """Whenever it is succeeded: before it tidies, before it renames, before `latest`, or before it prunes."""
+    save_checkpoint(tmp_path, 1, {"weight": torch.ones(ROWS, 4)}, {}, keep=1)
+    others = tmp_path / "checkpoints" / "step_00000009.tmp-of-the-new-owner"
+    others.mkdir()
+    times = iter(range(100))
+
+    def require_owner():
+        if next(times) >= asked:
+            raise RunDirectoryError("another job took it over")
+
+    saver = CheckpointSaver(tmp_path, Retention(1), asynchronous=asynchronous, require_owner=require_owner)
+    if asked:
+        others.rmdir()  # a save that may begin tidies up
+    saver.save(2, {"weight": torch.zeros(ROWS, 4)}, {})
+    error = saver.ended(wait=True).error
+    assert isinstance(error, RunDirectoryError)
+    assert "another job took it over" in str(error)
+    assert (tmp_path / "checkpoints" / "step_00000001").is_dir(), "nothing is pruned"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_0000000{2 if asked == 3 else 1}\n"
+    assert (tmp_path / "checkpoints" / "step_00000002").exists() == (asked >= 2)
+    assert others.exists() == (asked == 0)
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, one_rank, monkeypatch):

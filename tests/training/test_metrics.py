@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.errors import StorageError
-from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, read_metrics
+from training.errors import RunDirectoryError, StorageError
+from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, last_attempt, read_metrics
 
 STEP = StepMetrics(
     step=3,
@@ -112,6 +112,30 @@ def test_what_was_logged_on_a_course_that_the_run_left_is_not_read(tmp_path: Pat
     ]
 
 
+def test_lines_of_a_start_that_was_succeeded_take_nothing_from_the_one_that_succeeded_it(tmp_path: Path):
+    """It wrote them before it knew."""
+    first, second = MetricsLog(tmp_path, attempt=0), MetricsLog(tmp_path, attempt=1)
+    first.log_step(replace(STEP, step=1, loss=5.0))
+    for step in (1, 2, 3):
+        second.log_step(replace(STEP, step=step, loss=4.0))
+    first.log_step(replace(STEP, step=2, loss=5.0))
+    second.log_step(replace(STEP, step=4, loss=4.0))
+    records = read_metrics(tmp_path / METRICS)
+    assert [(record["step"], record["loss"]) for record in records] == [(step, 4.0) for step in (1, 2, 3, 4)]
+    assert last_attempt(tmp_path / METRICS) == 1
+
+
+def test_an_owner_is_asked_for_before_a_line_is_written(tmp_path: Path):
+    def refuse() -> None:
+        raise RunDirectoryError("another job's")
+
+    log = MetricsLog(tmp_path, attempt=0, require_owner=refuse)
+    with pytest.raises(RunDirectoryError):
+        log.log_step(STEP)
+    assert (tmp_path / METRICS).read_bytes() == b""
+    assert last_attempt(tmp_path / METRICS) == last_attempt(tmp_path / "none") == -1
+
+
 def test_an_evaluation_that_a_start_makes_up_for_follows_its_step(tmp_path: Path):
     log = MetricsLog(tmp_path, attempt=0)
     for step in (1, 2, 3):
@@ -123,7 +147,9 @@ def test_an_evaluation_that_a_start_makes_up_for_follows_its_step(tmp_path: Path
 
 def test_reading_skips_what_is_no_record(tmp_path: Path):
     (tmp_path / METRICS).write_bytes(
-        b'{"step": 1}\n[1]\n\xff\x00\n{"loss": 2}\n{"step": "x"}\n{"step": 2, "lo\n{"step": 3}\n'
+        b"[" * 100_000
+        + b'\n{"step": 0, "attempt": "x"}\n{"step": 1}\n[1]\n\xff\x00\n{"loss": 2}\n{"step": "x"}\n'
+        + b'{"step": 2, "lo\n{"step": 3}\n'
     )
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 3]
     assert read_metrics(tmp_path / "none.jsonl") == []

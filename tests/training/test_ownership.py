@@ -166,6 +166,16 @@ def test_an_owner_whose_lock_was_removed_notices(tmp_path, owned):
         owned.check()
 
 
+def test_a_process_that_stood_still_looks_before_it_writes(tmp_path, owned, monkeypatch):
+    owned.take()
+    leave(tmp_path, number=2, host="elsewhere")
+    owned.check_after_a_pause()  # it looked a moment ago
+    now = ownership._clock()
+    monkeypatch.setattr(ownership, "_clock", lambda: now + ownership.LONGEST_BETWEEN_BEATS + 1)
+    with pytest.raises(RunDirectoryError, match="took it over"):
+        owned.check_after_a_pause()
+
+
 def rank_that_loses_its_directory(rank, world_size, words):
     """A run whose directory another process takes over in step 2."""
     from training.trainer import Trainer
