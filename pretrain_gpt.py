@@ -65,11 +65,18 @@ def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
     """Raises ConfigError where the configuration asks for other ranks than a launcher started."""
-    if int(environment.get("WORLD_SIZE") or 1) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+    ranks, port = int(environment.get("WORLD_SIZE") or 1), environment.get("MASTER_PORT", "")
+    if ranks > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise ConfigError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but not RANK, MASTER_ADDR, MASTER_PORT: start the ranks "
             f"with torchrun, or unset it"
         )
+    for key in ("RANK", "LOCAL_RANK") if environment.get("WORLD_SIZE") else ():
+        value = environment.get(key, "0")
+        if not value.isdecimal() or int(value) >= ranks:
+            raise ConfigError(f"the environment says {key}={value}, which is no number below WORLD_SIZE={ranks}")
+    if ranks > 1 and not (port.isdecimal() and 0 < int(port) < 65_536):
+        raise ConfigError(f"the environment says MASTER_PORT={port}, which is no number from 1 to 65535")
     if config.world_size != 1 and not environment.get("WORLD_SIZE"):
         raise ConfigError(
             f"world_size={config.world_size}, but one process was started: use `torchrun --standalone "

@@ -36,9 +36,9 @@ class ParallelConfig:
     zero: int | None = field(default=None, metadata={"choices": (1, 2, 3)})
     """3 gathers weights in every pass and reduces gradients every micro-batch, 2 gathers once a step, 1 both;
     null: 3; 1 with pp."""
-    timeout_minutes: float = field(default=10.0, metadata={"above": 0.0})
+    timeout_minutes: float = field(default=10.0, metadata={"above": 0.0, "below": 1e6})
     """Minutes that a rank waits for the others, once the first step is taken, before it takes them for lost."""
-    startup_minutes: float = field(default=30.0, metadata={"above": 0.0})
+    startup_minutes: float = field(default=30.0, metadata={"above": 0.0, "below": 1e6})
     """The same until then, while data is prepared, a checkpoint is loaded and layers are compiled."""
 
     @property

@@ -46,6 +46,17 @@ def test_every_rank_exits_78_and_only_the_first_speaks(tmp_path):
     assert (second.returncode, second.stderr, second.stdout) == (78, "", "")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"), [("RANK", "x"), ("RANK", "2"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "abc")]
+)
+def test_a_launcher_that_says_nonsense_is_refused(tmp_path, variable, value):
+    said = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = start(tmp_path, "model=tiny", **said | {variable: value})
+    assert done.returncode == 78
+    if variable != "RANK":  # else no rank is the first, which speaks
+        assert f"error: the environment says {variable}={value}, which is no number" in done.stderr
+
+
 BATCH = ["train.global_batch_size=24", "data.seq_length=256"]
 
 

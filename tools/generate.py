@@ -1,6 +1,7 @@
 """`kilotron generate`: a trained model continues a prompt."""
 
 import argparse
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -106,10 +107,11 @@ def _check(arguments: argparse.Namespace) -> None:
     from training.errors import ConfigError
 
     for name, legal, limits in (
-        ("temperature", arguments.temperature >= 0, "0 or more"),
+        ("temperature", arguments.temperature == 0 or 1e-6 <= arguments.temperature < math.inf, "0, or 1e-06 or more"),
         ("max-new-tokens", arguments.max_new_tokens > 0, "1 or more"),
         ("top-k", arguments.top_k >= 0, "0 or more"),
         ("top-p", 0 < arguments.top_p <= 1, "above 0, at most 1"),
+        ("seed", -(2**63) <= arguments.seed < 2**64, "from -2^63 to 2^64 - 1"),
         ("step", arguments.step == "auto" or arguments.step.isdecimal(), "auto or the number of a step"),
     ):
         if not legal:

@@ -74,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fill(template: str, options: Mapping[str, object], overrides: Sequence[str]) -> str:
     """The batch script with its #SBATCH `options` (None: not given), this checkout, this Python and the overrides."""
+    for name, value in options.items():
+        if not str(value).isprintable():
+            raise ConfigError(f"--{name}={value!r} must be on one line of the batch script and printable")
     given = {f"#SBATCH --{name}": shlex.quote(str(value)) for name, value in options.items() if value is not None}
     variables = {
         "checkout": shlex.quote(str(CHECKOUT)),

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from tools.inputs import add_input_arguments
 
+SMALLEST = 257
+"""A token for each byte, and one that ends a document."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `kilotron train-tokenizer`."""
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains and saves the tokenizer. Raises DataPathError, CorruptDataError or TokenizerError."""
     from data.documents import read_documents
-    from data.errors import DataPathError
+    from data.errors import DataPathError, TokenizerError
     from data.tokenizer import save_tiktoken, train_tokenizer
     from data.vocabulary import TIKTOKEN_SUFFIX
 
@@ -25,6 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     if output.suffix != TIKTOKEN_SUFFIX:
         raise DataPathError(
             f"--output={output} must end in {TIKTOKEN_SUFFIX}; try {output.with_suffix(TIKTOKEN_SUFFIX)}"
+        )
+    if arguments.vocab_size < SMALLEST:
+        raise TokenizerError(
+            f"--vocab-size={arguments.vocab_size} must be at least {SMALLEST}: 256 bytes, and the end of a document"
         )
     texts = read_documents(arguments.inputs, arguments.json_key, arguments.document_separator)
     tokens = train_tokenizer(texts, arguments.vocab_size)

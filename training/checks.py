@@ -35,6 +35,9 @@ NOT_AVAILABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 """Keys of features that this version lacks, with the values that work without them."""
 
+LONGEST_NAME = 200
+"""Bytes; file systems allow 255, and what belongs to a run adds to its name."""
+
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """Values of that variable of the environment with which cuBLAS gives the same bits every time."""
@@ -420,9 +423,14 @@ def check_name(config: RunConfig) -> Iterator[str]:
     if not name.strip() or name in (".", "..") or "/" in name or "\0" in name:
         plain = name.replace("/", "-").strip("-. ") or "run"
         yield f"name={name!r}: must be the name of one directory inside out_dir={config.out_dir}; try name={plain}"
+    elif not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        plain = "".join(character if character.isprintable() else "-" for character in name)[:40]
+        yield f"name={name!r}: must be at most {LONGEST_NAME} bytes long and on one line; try name={plain}"
     if name == "sample_corpus":
         yield "name=sample_corpus: the prepared sample corpus lies there; try name=sample_run"
-    if not config.out_dir.strip():
+    if not config.out_dir.isprintable():
+        yield f"out_dir={config.out_dir!r}: must be on one line and printable; try out_dir=outputs"
+    elif not config.out_dir.strip():
         yield "out_dir is empty; try out_dir=outputs, or out_dir=. for the current directory"
 
 

@@ -63,6 +63,8 @@ def parse_fault(text: str) -> Fault:
             meant = f"did you mean {guess}? " if guess else ""
             raise ConfigError(f"{VARIABLE}={text}: {meant}{key} is one of {', '.join(choices)}")
     fault = Fault(**values)
+    if not 0 <= fault.seconds <= FOR_EVER:
+        raise ConfigError(f"{VARIABLE}={text}: seconds={fault.seconds:g} must be from 0 to {FOR_EVER:g}")
     if fault.action == "nan" and fault.phase not in OF_A_STEP:
         raise ConfigError(f"{VARIABLE}={text}: action=nan goes with the phases {', '.join(OF_A_STEP)}")
     return fault

@@ -28,6 +28,7 @@ class StopRequest:
         self.heeded = False
         """Whether someone looks at `reason`; until then, and at the second signal, the process ends at once."""
         self._signalled = False
+        self._said_no_file = False
         self._next_look = -math.inf
 
     def receive(self, number: int, _: FrameType | None) -> None:
@@ -35,8 +36,7 @@ class StopRequest:
         if not self.heeded or self._signalled:
             raise SystemExit(128 + number)
         self._signalled = True
-        if self._says:
-            os.write(2, b"finishing this step, then saving; another signal ends at once\n")
+        self._say("finishing this step, then saving; another signal ends at once")
         self.ask(signal.Signals(number).name)
 
     def ask(self, reason: str) -> None:
@@ -52,20 +52,32 @@ class StopRequest:
         with suppress(OSError):  # a network file system that does not answer now may do so in a second
             if self.file.is_file():
                 self.ask("STOP file")
+            elif self.file.is_dir() and not self._said_no_file:
+                self._said_no_file = True
+                self._say(f"{self.file} is a directory and stops nothing; a file of that name would")
         if now >= self.deadline:
             self.ask("train.max_minutes")
 
     def settle(self, *, completed: bool) -> None:
         """Removes the file where the run did what it asks for, so that the next start goes on."""
         if completed or self.reason == "STOP file":
-            self.file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.file.unlink(missing_ok=True)
+
+    def _say(self, text: str) -> None:
+        if self._says:
+            with suppress(OSError):
+                os.write(2, f"{text}\n".encode())
 
 
 @contextmanager
 def stoppable(file: Path, deadline: float = math.inf, *, says: bool = False) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request for as long as the context lasts. For the main thread only."""
+    """Turn SIGTERM, SIGINT, SIGUSR1 and SIGHUP into a request for as long as the context lasts; SIGHUP not where it is
+    ignored, as under nohup. For the main thread only."""
     request = StopRequest(file, deadline, says=says)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, request.receive) for number in numbers]
     try:
         yield request

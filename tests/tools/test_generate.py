@@ -49,6 +49,9 @@ def test_an_empty_prompt_starts_a_document(run_dir, capsys):
     [
         (["--prompt", "x" * 40], 78, "40 tokens"),
         (["--prompt", "x", "--temperature", "-1"], 78, "--temperature"),
+        (["--prompt", "x", "--temperature", "1e-320"], 78, "--temperature=1e-320 must be 0, or 1e-06 or more"),
+        (["--prompt", "x", "--temperature", "nan"], 78, "--temperature"),
+        (["--prompt", "x", "--seed", str(10**23)], 78, "--seed"),
         (["--prompt", "x", "--top-p", "0"], 78, "--top-p"),
         (["--prompt", "x", "--max-new-tokens", "0"], 78, "--max-new-tokens"),
         (["--prompt", "x", "--step", "7"], 74, "steps there: 1"),

@@ -24,7 +24,7 @@ def test_the_command_it_names_next_works(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("size", "output", "message"),
-    [("270", "x.json", "try .*x.tiktoken"), ("99999", "x.tiktoken", "at most"), ("12", "x.tiktoken", "at least 257")],
+    [("270", "x.json", "try .*x.tiktoken"), ("99999", "x.tiktoken", "at most"), ("-5", "x.tiktoken", "at least 257")],
 )
 def test_errors_exit_78(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, output: str, message: str

@@ -285,6 +285,9 @@ BAD = [
     ("checkpoint.load=nowhere/at/all", "RUN_DIR/checkpoints"),
     ("name=a/b", "name of one directory", "try name=a-b"),
     ("name=..", "name of one directory", "try name=run"),
+    (f"name={'x' * 201}", "at most 200 bytes long", f"try name={'x' * 40}"),
+    ("parallel.timeout_minutes=1e300", "must be below 1000000.0"),
+    ("parallel.startup_minutes=1e300", "must be below 1000000.0"),
 ]
 
 
@@ -452,3 +455,17 @@ def test_the_steps_to_profile_are_a_range_that_is_taken_and_those_of_a_refusal_a
 
 
 BASE = RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a\n#SBATCH --nodes=99"}, "try name=a-#SBATCH --nodes=99"),
+        ({"name": "a\x1b[2J"}, "try name=a-[2J"),
+        ({"out_dir": "a\nb"}, "try out_dir=outputs"),
+    ],
+)
+def test_names_that_are_not_one_line_are_refused(changes, message):
+    (problem,) = checks.check_name(dataclasses.replace(RunConfig(), **changes))
+    assert "on one line" in problem
+    assert message in problem

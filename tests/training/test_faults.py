@@ -29,6 +29,8 @@ def test_a_fault_is_read():
         ("phase=data,action=kill,node=1", "node is no word of it; known are phase, action, rank"),
         ("phse=data,action=kill", "did you mean phase?"),
         ("phase=dta,action=kill", "did you mean data?"),
+        ("phase=data,action=sleep,seconds=-1", "seconds=-1 must be from 0 to"),
+        ("phase=data,action=sleep,seconds=nan", "seconds=nan must be from 0 to"),
         ("phase=log,action=nan", "action=nan goes with the phases forward, "),
     ],
 )

@@ -17,7 +17,7 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_signal_is_a_wish_and_the_second_ends_the_process(tmp_path, number):
     before = signal.getsignal(number)
     with stoppable(tmp_path / "STOP") as request:
@@ -28,6 +28,29 @@ def test_the_first_signal_is_a_wish_and_the_second_ends_the_process(tmp_path, nu
             os.kill(os.getpid(), signal.SIGTERM)
         assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(number) == before
+
+
+def test_a_hangup_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stoppable(tmp_path / "STOP") as request:
+            request.heeded = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_directory_of_that_name_is_said_once_and_passed_over(tmp_path, clock, capfd):
+    request = StopRequest(tmp_path / "STOP", says=True)
+    request.file.mkdir()
+    for _ in range(2):
+        clock[0] += 2
+        request.look()
+    request.settle(completed=True)
+    assert request.reason is None
+    assert capfd.readouterr().err.count("STOP is a directory and stops nothing") == 1
+    assert request.file.is_dir()
 
 
 def test_a_signal_that_nobody_heeds_yet_ends_the_process(tmp_path):
