@@ -43,10 +43,12 @@ def kilotron_step(
     *,
     compiled: bool,
     wrapped: bool = True,
+    accumulate: int = 1,
 ) -> Step:
     """A training step as the trainer takes it, in a process group of one rank; eager, its loss is eager too.
 
-    Without `wrapped` the weights themselves are of the type that layers compute in, and FSDP has nothing to cast.
+    A step takes `accumulate` micro-batches of `rows`. Without `wrapped` the weights themselves are of the type that
+    layers compute in, and FSDP has nothing to cast.
     """
     precision = choose_precision(precision_name)
     mesh = ParallelMesh(ParallelConfig(dp_shard=1), device.type)
@@ -61,14 +63,21 @@ def kilotron_step(
     next_batch = batches(config, rows, seq_length)
 
     def take() -> Callable[[], float]:
-        result = step(1, [next_batch()], optimizer.lr)
+        result = step(1, [next_batch() for _ in range(accumulate)], optimizer.lr)
         return lambda: result.numbers.read()[0]
 
     return take
 
 
 def transformers_step(
-    config: ModelConfig, rows: int, seq_length: int, precision_name: str, device: torch.device, *, compiled: bool
+    config: ModelConfig,
+    rows: int,
+    seq_length: int,
+    precision_name: str,
+    device: torch.device,
+    *,
+    compiled: bool,
+    accumulate: int = 1,
 ) -> Step:
     """The same with transformers: its best attention, fused AdamW, clipping; in bf16 its weights are bfloat16."""
     choose_precision(precision_name)
@@ -80,16 +89,18 @@ def transformers_step(
     forward = torch.compile(model) if compiled else model
 
     def take() -> Callable[[], float]:
-        batch = next_batch()
-        # transformers shifts labels itself; giving it shifted ones is only a matter of which tokens are compared.
-        ids, labels = (torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.labels))
-        output = forward(input_ids=ids, labels=labels, use_cache=False)
-        output.loss.backward()
+        total = torch.zeros((), device=device)
+        for _ in range(accumulate):
+            batch = next_batch()
+            # transformers shifts labels itself; giving it shifted ones is only a matter of which tokens are compared.
+            ids, labels = (torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.labels))
+            loss = forward(input_ids=ids, labels=labels, use_cache=False).loss / accumulate
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = output.loss.detach()
-        return lambda: float(loss)
+        return lambda: float(total)
 
     return take
 
