@@ -8,7 +8,12 @@ ARGS ?=
 # One rank a GPU, as many as divide the batch of 24; without GPUs, two ranks on the CPU.
 RANKS = $(shell $(BIN)/python -c "import torch; print(max(n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n <= (torch.cuda.device_count() or 2)))")
 
-.PHONY: pretrain test parity faults kill50 lint types benchmark clean
+# Packages of pure Python that a GPU machine without a package index may lack, for `make gpu`.
+SITE ?= .site
+SITE_PACKAGES = hydra hydra_core-* omegaconf omegaconf-* antlr4 antlr4_python3_runtime-*
+ON_GPU = PYTHONPATH=$(SITE) python3 -m
+
+.PHONY: pretrain test parity faults kill50 lint types benchmark gpu clean
 
 pretrain: $(VENV)/.run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) pretrain_gpt.py experiment=pretrain name=$(NAME) $(ARGS)
@@ -46,6 +51,21 @@ types: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.train_step
 
+# Copies those packages, and says what to run on such a machine, with its own Python, from this folder; the most valuable first.
+gpu: $(VENV)/.run
+	rm -rf $(SITE)
+	mkdir $(SITE)
+	cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && cp -R $(SITE_PACKAGES) $(abspath $(SITE))
+	find $(SITE) -name __pycache__ -prune -exec rm -r {} +
+	@echo
+	@echo "Take this folder with $(SITE) to the GPU machine. None of these takes more than ten minutes there:"
+	@echo "$(ON_GPU) benchmarks.gpu --parts ceilings shapes --output outputs/gpu_1"
+	@echo "$(ON_GPU) pytest tests/test_gpu.py -m 'gpu and not nccl' -n 6 & $(ON_GPU) pytest tests/test_gpu.py -m 'gpu and nccl'; wait"
+	@echo "$(ON_GPU) benchmarks.gpu --parts variants --output outputs/gpu_3"
+	@echo "$(ON_GPU) benchmarks.gpu --parts trainer generation loss shapes --peers transformers --modes compiled --shapes gpt2_small llama_1b --output outputs/gpu_4"
+	@echo "Their tables, into docs/benchmarks.md:"
+	@echo "$(ON_GPU) benchmarks.gpu --tables-from outputs/gpu_1/figures.jsonl outputs/gpu_3/figures.jsonl outputs/gpu_4/figures.jsonl --docs docs/benchmarks.md"
+
 $(VENV)/.run: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Kilotron needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +77,4 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(SITE) *.egg-info
