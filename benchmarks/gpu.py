@@ -30,7 +30,7 @@ from benchmarks.gpu_report import line, read_figures, tables, write_into
 from benchmarks.gpu_shapes import TRAINER_STEPS, Shape, shapes
 from benchmarks.gpu_step import Row, StepCase, measure
 from benchmarks.gpu_trainer import TrainerCase, measure_trainer
-from benchmarks.gpu_variants import DEFAULT_SHAPES, SLOW_TO_COMPILE, VARIANTS
+from benchmarks.gpu_variants import DEFAULT_VARIANTS, SLOW_TO_COMPILE, VARIANTS, telling_shapes
 
 PARTS = ("ceilings", "shapes", "variants", "wrapping", "loss", "generation", "trainer")
 OUT_OF_MEMORY = "out of memory"
@@ -167,11 +167,10 @@ class Plan:
                         yield self._step("shapes", shape, mode, variant=variant)
 
     def _variants(self) -> Iterator[list[Figure]]:
-        names = self.arguments.variants or (["base", "all"] if self.arguments.tiny else list(VARIANTS))
+        names = self.arguments.variants or (["base", "all"] if self.arguments.tiny else DEFAULT_VARIANTS)
         for mode in self.arguments.modes or ("eager" if self.arguments.tiny else "compiled",):
-            for name in names:
-                most_telling = ("gpt2_small",) if self.arguments.tiny else DEFAULT_SHAPES.get(name, ("gpt2_small",))
-                for shape in self.chosen(*most_telling):
+            for name, telling in telling_shapes(names).items():
+                for shape in self.chosen(*telling):
                     for accumulate in self.arguments.accumulate or (1,):
                         yield self._step("variants", shape, mode, accumulate, variant=name)
 
@@ -259,7 +258,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=names, help="of which shapes; default: those of each part")
     parser.add_argument("--modes", nargs="+", choices=("compiled", "eager"), help="default: those of each shape")
     parser.add_argument("--peers", nargs="+", choices=("kilotron", "transformers"), default=["kilotron"])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all, on the shape of each")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        help="default: the telling ones, each on the shape that tells most",
+    )
     parser.add_argument("--rows", type=int, help="of a micro-batch, whatever the shape")
     parser.add_argument("--layers", type=int, help="of the model, whatever the shape")
     parser.add_argument("--accumulate", nargs="+", type=int, help="micro-batches a step; default: the shape's")
@@ -295,10 +299,10 @@ def main() -> int:
     record, plan = Record(arguments.output), Plan(arguments, shapes(tiny=arguments.tiny), arguments.output)
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     take(record, [Figure("machine", "machine", describe_machine, (command,))], arguments.figure_seconds)
-    for alternatives in plan.figures():
-        take(record, alternatives, arguments.figure_seconds)
     if "trainer" in arguments.parts:
         take_trainer(record, plan)
+    for alternatives in plan.figures():
+        take(record, alternatives, arguments.figure_seconds)
     written = tables(read_figures([record.path]))
     (arguments.output / "tables.md").write_text(written, encoding="utf-8")
     print(f"\n{written}")

@@ -12,7 +12,7 @@ import benchmarks.steps
 import core.loss
 import training.train_step
 from benchmarks.gpu_shapes import shapes
-from benchmarks.gpu_variants import DEFAULT_SHAPES, VARIANTS, softmax_and_losses
+from benchmarks.gpu_variants import VARIANTS, softmax_and_losses, telling_shapes
 from benchmarks.steps import kilotron_step, transformers_step
 from core.compilation import CompiledFunction, missing_compiler
 from core.loss import LinearCrossEntropy
@@ -170,9 +170,10 @@ def test_micro_batches_add_up_to_a_batch(build):
 
 
 def test_shapes_and_variants_that_are_named_exist():
-    assert set(DEFAULT_SHAPES) <= set(VARIANTS)
-    full = shapes(tiny=False)
-    assert {name for names in DEFAULT_SHAPES.values() for name in names} <= set(full)
+    full, telling = shapes(tiny=False), telling_shapes(list(VARIANTS))
+    assert set(telling) == set(VARIANTS)
+    assert set().union(*telling.values()) == set(telling["base"]) <= set(full)
+    assert telling_shapes(["base", "all"]) == {"base": ["gpt2_small"], "all": ["gpt2_small"]}
     assert {variant for shape in full.values() for variant in shape.also} <= set(VARIANTS)
     assert full["gpt2_50257"].config.vocabulary == 50_257
     assert 1.1e9 < full["llama_1b"].config.parameter_count() < 1.4e9
