@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -239,12 +240,13 @@ def take_trainer(record: Record, plan: Plan) -> None:
     words = plan.arguments
     size = "tiny" if words.tiny else "full"
     rows = words.rows or plan.shapes["gpt2_50257"].rows[0]
-    out_dir = plan.output / "runs"
-    out_dir.mkdir()
-    case = TrainerCase(out_dir, words.trainer_steps or TRAINER_STEPS[size], rows, words.tiny, 2 * words.figure_seconds)
+    steps = words.trainer_steps or TRAINER_STEPS[size]
     try:
-        for row in measure_trainer(case):
-            record.add(row)
+        # Checkpoints are large and of no use afterwards.
+        with tempfile.TemporaryDirectory() as out_dir:
+            case = TrainerCase(Path(out_dir), plan.output, steps, rows, words.tiny, 2 * words.figure_seconds)
+            for row in measure_trainer(case):
+                record.add(row)
     except Exception as error:
         record.add({"part": "trainer", "title": "pretrain_gpt.py", "failed": describe(error)}, traceback.format_exc())
         record.failures += 1
@@ -271,7 +273,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trainer-steps", type=int, help=f"of the trainer's part (default: {TRAINER_STEPS['full']})")
     parser.add_argument("--figure-seconds", type=float, default=120.0, help="limit of a figure (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small models and batches, to try the benchmark out")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), help="a new folder (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/gpu"), help="a folder without figures (default: %(default)s)"
+    )
     parser.add_argument("--tables-from", nargs="+", type=Path, metavar="FILE", help="measure nothing, show tables")
     parser.add_argument("--docs", type=Path, help="page to write these tables into, between its two markers")
     return parser.parse_args()
@@ -289,15 +293,17 @@ def main() -> int:
     if not arguments.tiny and not torch.cuda.is_available():
         print("no CUDA device here: --tiny tries the benchmark out on a CPU", file=sys.stderr)
         return 1
-    if arguments.output.exists():
-        print(f"{arguments.output} is there already: choose another --output, or remove it", file=sys.stderr)
+    record, plan = Record(arguments.output), Plan(arguments, shapes(tiny=arguments.tiny), arguments.output)
+    if record.path.exists():
+        print(f"{record.path} is there already: choose another --output, or remove it", file=sys.stderr)
         return 1
     # Whoever ends this process wants the device back: figures in progress end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    arguments.output.mkdir(parents=True)
-    record, plan = Record(arguments.output), Plan(arguments, shapes(tiny=arguments.tiny), arguments.output)
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    # Without the folder, which is of one machine.
+    words = [word for word in sys.argv[1:] if word not in ("--output", str(arguments.output))]
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *words])
     take(record, [Figure("machine", "machine", describe_machine, (command,))], arguments.figure_seconds)
     if "trainer" in arguments.parts:
         take_trainer(record, plan)

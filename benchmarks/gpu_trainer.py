@@ -1,12 +1,13 @@
 """Times whole runs of pretrain_gpt.py: with evaluations and saves beside training, stopped by SIGTERM, and resumed."""
 
-import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ class TrainerCase:
     """Which runs to take."""
 
     out_dir: Path
+    """Of the runs."""
+    logs: Path
+    """Where what they print and their metrics stay."""
     steps: int
     rows: int
     tiny: bool
@@ -85,11 +89,11 @@ def start(case: TrainerCase, name: str, log_interval: int, stop_at: int | None =
 
     Returns the seconds until its first logged step, and all. Raises RuntimeError where it does not end as it should.
     """
-    log = case.out_dir / f"{name}.log"
+    log = case.logs / f"trainer_{name}.log"
     known, begin, first = len(read(case, name)), time.monotonic(), 0.0
     command = [sys.executable, "pretrain_gpt.py", *case.words(name, log_interval)]
     with log.open("ab") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 records = read(case, name)
@@ -104,6 +108,8 @@ def start(case: TrainerCase, name: str, log_interval: int, stop_at: int | None =
         finally:
             process.kill()
             process.wait()
+            with suppress(FileNotFoundError):
+                shutil.copy(metrics(case, name), case.logs / f"trainer_{name}_metrics.jsonl")
     if process.returncode != (0 if stop_at is None else STOPPED):
         raise RuntimeError(f"{name} ended with {process.returncode}; {_tail(log)}")
     return first, time.monotonic() - begin
@@ -111,7 +117,12 @@ def start(case: TrainerCase, name: str, log_interval: int, stop_at: int | None =
 
 def read(case: TrainerCase, name: str) -> list[Row]:
     """The logged training steps of a run so far."""
-    return [each for each in read_metrics(case.out_dir / name / "metrics.jsonl") if "loss" in each]
+    return [each for each in read_metrics(metrics(case, name)) if "loss" in each]
+
+
+def metrics(case: TrainerCase, name: str) -> Path:
+    """The file that a run logs to."""
+    return case.out_dir / name / "metrics.jsonl"
 
 
 def _row(case: TrainerCase, title: str, records: list[Row], first: float, seconds: float) -> Row:
