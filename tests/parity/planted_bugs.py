@@ -116,8 +116,8 @@ def positions_of_the_first_shard():
 def dropout_by_place_in_the_batch():
     class Key(models.gpt.DropoutKey):
         @classmethod
-        def build(cls, rate, seed, sample_indices, positions):
-            return super().build(rate, seed, torch.arange(len(sample_indices)), positions)
+        def build(cls, rate, seed, sample_indices, positions, hidden_size):
+            return super().build(rate, seed, torch.arange(len(sample_indices)), positions, hidden_size)
 
     models.gpt.DropoutKey = Key
 
