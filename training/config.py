@@ -80,8 +80,9 @@ class TrainConfig:
     """Loss scale that an fp16 run starts with; a step whose numbers overflow is skipped and halves it."""
     loss_scale_window: int = field(default=2_000, metadata={"min": 1})
     """Finite steps in a row after which fp16 doubles the loss scale."""
-    compile: bool = False
-    """Compile each layer with torch.compile; the first step then takes longer."""
+    compile: bool | None = None
+    """Compile each layer with torch.compile; the first step then takes longer. null: on CUDA, where every rank finds a
+    compiler and the pipeline schedule allows it."""
     deterministic: bool = False
     """The same bits whenever the same configuration runs on the same kind of machine, at some cost of speed; an
     operation that cannot do so is refused by name."""

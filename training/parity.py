@@ -19,6 +19,7 @@ from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
 from parallel.sharding import Box, local_box, local_values, logical_shapes
 from training.assembly import assemble
+from training.compilation import decide_compilation
 from training.config import RunConfig
 from training.optimizer import build_optimizer
 from training.precision import build_loss_scale
@@ -166,7 +167,8 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
     """
     device = torch.device("cpu")
     mesh = ParallelMesh(config.parallel, device.type)
-    data_parallel = assemble(config, mesh, device)
+    compile_layers = decide_compilation(config, device.type).layers
+    data_parallel = assemble(config, mesh, device, compile_layers=compile_layers)
     model = data_parallel.model
     materialize(model, config.seed, device)
     optimizer = build_optimizer(model, config.optimizer)

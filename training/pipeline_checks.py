@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from parallel.config import ParallelConfig
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
 from training.advice import counted, divisors
 from training.config import RunConfig
@@ -122,8 +123,13 @@ def check_pipeline_options(config: RunConfig) -> Iterator[str]:
             f"parallel.zero={layout.zero} with parallel.pp_schedule={layout.pp_schedule}: gradients of weights come "
             "after the backward pass that would reduce them; use parallel.zero=1 or null, or parallel.pp_schedule=1f1b"
         )
-    if config.train.compile and layout.pp_schedule in SPLIT_BACKWARD:
-        yield (
-            f"train.compile=true with parallel.pp_schedule={layout.pp_schedule}: a compiled layer cannot put off the "
-            "gradients of its weights; use train.compile=false or parallel.pp_schedule=interleaved"
-        )
+    refusal = compile_refusal(layout)
+    if config.train.compile and refusal is not None:
+        yield f"train.compile=true with {refusal}; use train.compile=null or parallel.pp_schedule=interleaved"
+
+
+def compile_refusal(layout: ParallelConfig) -> str | None:
+    """What in a layout compiled layers do not go with, in words; None where there is nothing."""
+    if layout.pp == 1 or layout.pp_schedule not in SPLIT_BACKWARD:
+        return None
+    return f"parallel.pp_schedule={layout.pp_schedule}: a compiled layer cannot put off the gradients of its weights"

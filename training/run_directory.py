@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,6 +65,7 @@ class RunDirectory:
         self._made = False
         self.saved_step = self.previous.saved_step if self.previous else 0
         """What `write_status` puts down as such."""
+        self._environment: dict[str, Any] = {}
 
     @property
     def attempt(self) -> int:
@@ -108,8 +110,13 @@ class RunDirectory:
         """
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
         write_atomically(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides).encode())
-        write_atomically(self.path / "environment.json", _json({"attempt": self.attempt, **_environment()}))
+        self.record_environment({"attempt": self.attempt, **_environment()})
         (self.path / LOGS).mkdir(exist_ok=True)
+
+    def record_environment(self, facts: Mapping[str, Any]) -> None:
+        """Adds to what environment.json says of this start. Raises StorageError."""
+        self._environment |= facts
+        write_atomically(self.path / "environment.json", _json(self._environment))
 
     def keep_tokenizer(self, tokenizer: str) -> None:
         """Copies the data's tokenizer file here. Raises StorageError."""

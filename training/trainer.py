@@ -26,10 +26,11 @@ from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
 from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
-from training.assembly import assemble, compiles
+from training.assembly import assemble, compiled_parts
 from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
+from training.compilation import decide_compilation
 from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError, StorageError
 from training.faults import Faults
@@ -77,7 +78,9 @@ class Trainer:
         self.evaluation_due = False
         self.mesh = ParallelMesh(config.parallel, process.device.type)
         self.splits = self._open_data()
-        self.data_parallel = assemble(config, self.mesh, process.device)
+        self.compilation = decide_compilation(config, process.device.type)
+        on_rank_zero(self._record_compilation)
+        self.data_parallel = assemble(config, self.mesh, process.device, compile_layers=self.compilation.layers)
         if config.parallel.pp > 1:
             self.data_parallel.observer = self._observe  # type: ignore[attr-defined]
         self.shapes = logical_shapes(build_meta_model(config.model, torch.float32))
@@ -162,10 +165,9 @@ class Trainer:
 
     def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
         step, stop, begin = self.step + 1, self._wishes_to_stop(), time.perf_counter()
-        compiling = first and compiles(self.config, self.mesh)
-        if compiling:
-            what = "layers" if self.config.train.compile else "the loss"
-            self._note(f"step {step} takes longer: it compiles {what}")
+        compiled = compiled_parts(self.config, self.mesh, compile_layers=self.compilation.layers) if first else None
+        if compiled is not None:
+            self._note(f"step {step} takes longer: it compiles {compiled}")
         counting = Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext()
         recording = self._timeline() if step == self.config.train.timeline_step else nullcontext()
         # Stages say themselves what they do, and wait in between.
@@ -178,7 +180,7 @@ class Trainer:
             timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
             set_timeout(timeout, self.device.type)
             self.heartbeat.patience = timeout.total_seconds()
-        if compiling:
+        if compiled is not None:
             result.numbers.read()
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
         return result
@@ -243,6 +245,14 @@ class Trainer:
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
+
+    def _record_compilation(self) -> None:
+        """Put down what `train.compile` comes to; the console says it where it was left to Kilotron and matters."""
+        if self.recorder is None:
+            return
+        self.recorder.directory.record_environment({"compile": asdict(self.compilation)})
+        if self.config.train.compile is None and self.device.type == "cuda":
+            self._note(f"compile  {self.compilation}")
 
     def _reader(self, dataset: GPTDataset, batch_size: Callable[[int], int]) -> BatchReader:
         return BatchReader(
@@ -310,6 +320,8 @@ class Trainer:
         pending = manifest.state.get("evaluation_due", False)
         self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
         self._note(f"resumed from {path}{unseen.get(verified, '')}")
+        # Checkpoints of older versions do not say it: their configuration always did.
+        self._say_what_compiling_changes(manifest.state.get("compiled_layers", saved.train.compile))
         self._say_what_was_asked_for_in_vain(saved, going_back=going_back)
         if going_back and (left := on_rank_zero(lambda: go_back(path.parent, self.step))):
             self._note(f"the course after step {self.step} is left: {', '.join(left)} may be removed")
@@ -319,6 +331,15 @@ class Trainer:
         if kind == "cuda" and self.device.type != "cuda":
             raise ConfigError("train.init_device=cuda, but there is no CUDA device; use train.init_device=cpu or null")
         return torch.device(kind)
+
+    def _say_what_compiling_changes(self, before: object) -> None:
+        now = self.compilation.layers
+        if isinstance(before, bool) and before != now:
+            self._note(
+                f"up to step {self.step} layers were {'' if before else 'not '}compiled, from here on they are"
+                f"{'' if now else ' not'} ({self.compilation.reason}): numbers differ in rounding from those of a run "
+                f"that does not change; train.compile={str(before).lower()} keeps to what was"
+            )
 
     def _say_what_was_asked_for_in_vain(self, saved: RunConfig, *, going_back: bool) -> None:
         wanted = self.config.checkpoint
@@ -344,6 +365,7 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
+            "compiled_layers": self.compilation.layers,
             "torch": torch.__version__,
             "saved": datetime.now().isoformat(" ", "seconds"),
         }

@@ -57,6 +57,8 @@ BAD = [
     ("model.bias=3", "expected true or false"),
     ("train.steps=true", "expected an integer"),
     ("parallel.sequence=2", "expected true or false or null"),
+    ("train.compile=2", "expected true or false or null"),
+    ("train.compile=always", "expected true or false or null"),
     ("data.path=[a]", "expected text or null"),
     ("data.split=3", "expected a list like [number, number]"),
     ("optimizer.lr=${train.stepz}", "optimizer.lr", "train.stepz"),
@@ -154,7 +156,12 @@ BAD = [
         "try train.global_batch_size=8 or 10",
     ),
     ("parallel.pp=2 parallel.zero=3 parallel.pp_schedule=zb world_size=2", "use parallel.zero=1 or null"),
-    ("parallel.pp=2 parallel.pp_schedule=zb train.compile=true world_size=2", "cannot put off", "interleaved"),
+    (
+        "parallel.pp=2 parallel.pp_schedule=zb train.compile=true world_size=2",
+        "cannot put off",
+        "use train.compile=null or",
+        "interleaved",
+    ),
     # the optimizer
     ("optimizer.name=muno", "did you mean muon?", "known: adamw, muon"),
     ("optimizer=muons", "did you mean muon?"),
