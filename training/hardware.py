@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 from core.flops import flops_per_token
 from training.config import RunConfig
 
@@ -38,6 +40,11 @@ without tensor cores. What is not certain is absent."""
 
 PLAIN_WORDS = re.compile(r"nvidia|tesla|geforce|amd|instinct|sxm[245]|\d+gb|hbm3e?")
 """Words in a device's name that make no difference to its peak. Any other does: `MIG`, `Laptop`, `Ti`."""
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a person calls it: the name of a GPU, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_flops(device: str, precision: str) -> float | None:

@@ -1,6 +1,7 @@
 """A profile of a few steps: a trace of what ran when, the operators that took longest, and on a GPU the memory."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,19 +18,28 @@ MEMORY_EVENTS = 100_000
 class StepProfiler:
     """Profiles the steps in a range, on this rank. Best effort: a failure is one line, and the end of the profile."""
 
-    def __init__(self, steps: range, folder: Path, device: torch.device, note: Callable[[str], None]) -> None:
-        """Does nothing where `steps` is empty or was passed; `note` prints a line."""
+    def __init__(
+        self,
+        steps: range,
+        folder: Path,
+        device: torch.device,
+        note: Callable[[str], None],
+        pause: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Does nothing where `steps` is empty or was passed; `note` prints a line. Setting up and writing happen within
+        `pause`, which lets the device finish its steps and leaves the time out of theirs."""
         self._steps, self._folder, self._device, self._note = steps, folder, device, note
+        self._pause = pause
         self._profile: profile | None = None
         self._recorded: list[int] = []
         self._marker: record_function | None = None
 
     def begin(self, step: int) -> None:
-        """Goes before a step, outside what is timed."""
+        """Goes before a step."""
         self._attempt(self._begin, step)
 
     def end(self, step: int) -> None:
-        """Goes after a step, outside what is timed; after the last of the range it writes the profile."""
+        """Goes after a step; after the last of the range it writes the profile."""
         self._attempt(self._end, step)
 
     def close(self) -> None:
@@ -46,10 +56,12 @@ class StepProfiler:
     def _begin(self, step: int) -> None:
         # Tracers slow down the step after they were set up, which should be the one before those that count.
         if self._profile is None and (step in self._steps or step + 1 in self._steps):
-            self._profile = self._set_up()
+            with self._pause():
+                self._profile = self._set_up()
         if self._profile is not None and step in self._steps:
             if not self._recorded:
-                self._profile.start_trace()
+                with self._pause():
+                    self._profile.start_trace()
             self._recorded.append(step)
             self._marker = record_function(f"step {step}")
             self._marker.__enter__()
@@ -69,11 +81,12 @@ class StepProfiler:
             self._marker = None
         if self._profile is None or step != self._steps[-1]:
             return
-        if not self._recorded:
-            self._profile.start_trace()
-        self._profile.stop_trace()
-        if self._recorded:
-            self._write(self._profile, f"steps_{self._recorded[0]}-{self._recorded[-1]}")
+        with self._pause():
+            if not self._recorded:
+                self._profile.start_trace()
+            self._profile.stop_trace()
+            if self._recorded:
+                self._write(self._profile, f"steps_{self._recorded[0]}-{self._recorded[-1]}")
         self._steps, self._profile = range(0), None
 
     def _write(self, profiled: profile, name: str) -> None:

@@ -19,16 +19,17 @@ from parallel.gradients import (
 from parallel.mesh import ParallelMesh
 from training.faults import Faults, Passing, pass_by
 from training.precision import LossScale
+from training.timing import Moment
 
 
 class StepNumbers:
     """What a step computed, on its way from the device to the host while the device goes on."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        on_gpu = numbers.is_cuda
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         self._host.copy_(numbers, non_blocking=True)
-        self._arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+        self.moment = Moment(numbers.device)
+        """When they have arrived, which is when the device has taken the step."""
 
     def read(self) -> tuple[float, float]:
         """(loss a token, gradient norm before clipping), once they have arrived."""
@@ -44,8 +45,7 @@ class StepNumbers:
         return self._values()[3] or None
 
     def _values(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.moment.wait()
         values: list[float] = self._host.tolist()
         return values
 

@@ -35,23 +35,22 @@ from training.config import RunConfig
 from training.errors import ConfigError, NonFiniteError, StorageError
 from training.faults import Faults
 from training.garbage import collection_every
-from training.hardware import model_flops_utilization
+from training.hardware import device_name
 from training.heartbeat import Heartbeat
 from training.manifest import Manifest
-from training.metrics import StepMetrics
 from training.optimizer import build_optimizer, copy_to_twins, files_needed, training_tensors
 from training.precision import build_loss_scale
 from training.profiling import StepProfiler
 from training.recorder import Recorder
 from training.resume import check_same_run, go_back, what_to_resume, why_not_back
 from training.run_directory import LOGS
-from training.samples import describe_non_finite, gather_samples
 from training.saving import Saving
 from training.schedule import learning_rate
 from training.starting_weights import load_weights
+from training.step_log import StepLog
 from training.stop import StopRequest
 from training.stored_config import config_of
-from training.timing import StepTimer, peak_memory_gb
+from training.timing import StepTimer
 from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
 
 
@@ -72,7 +71,6 @@ class Trainer:
         self.config, self.device, self.recorder, self.stop = config, process.device, recorder, stop
         self.step = 0
         self.evaluated_step, self.eval_loss = -1, math.nan
-        self.skipped_step = 0
         self.consumed_samples = 0
         self.batches = config.batches
         self.evaluation_due = False
@@ -106,73 +104,94 @@ class Trainer:
             self.loss_scale,
             faults,
         )
-        self.timer = StepTimer()
-        self.logged_step, self.logged_samples = self.step, self.consumed_samples
+        self.timer = StepTimer(self.device)
+        self.started_from = self.step
 
     def run(self) -> bool:
         """Train until `train.steps`, then True; or until all ranks stop for `stop.reason`, then False."""
         train = self.config.train
+        if self.recorder:
+            self.recorder.console.start(self.config, self.parameter_count, device_name(self.device))
+            if train.compile is None and self.device.type == "cuda":
+                self._note(f"compile  {self.compilation}")
+            self.recorder.start(self.step)
+        self.stop.heeded = True
         steps = train.profile_steps if self.recorder else range(0)
-        profiler = StepProfiler(steps, Path(self.config.run_dir) / LOGS / "profile", self.device, self._note)
+        folder = Path(self.config.run_dir) / LOGS / "profile"
+        profiler = StepProfiler(steps, folder, self.device, self._note, self.timer.pause)
         with collection_every(train.gc_interval) as collect_garbage:
-            completed = self._loop(profiler, collect_garbage)
+            if not (self.evaluation_due and self._evaluate()):
+                self._loop(profiler, collect_garbage)
+            completed = self._finish()
         profiler.close()  # not after an error: a device that hangs would be waited for
         return completed
 
-    def _loop(self, profiler: StepProfiler, collect_garbage: Callable[[int], None]) -> bool:
-        config = self.config
-        if self.recorder:
-            self.recorder.console.start(config, self.parameter_count, self._device_name())
-            self.recorder.start(self.step)
-        first_step = self.step
-        self.stop.heeded = True
+    def _loop(self, profiler: StepProfiler, collect_garbage: Callable[[int], None]) -> None:
+        train, stopping = self.config.train, False
         reader = self._reader(self.splits.train, self.batches.size_at)
-        unchecked: StepResult | None = None
-        stopping = self.evaluation_due and self._evaluate()
-        while self.step < config.train.steps and not stopping:
-            profiler.begin(self.step + 1)
-            with self.timer.step():
-                self.heartbeat.step = self.step + 1
-                with self.timer.waiting_for_data(), self.heartbeat.during("reading data"):
-                    self.faults.at(self.step + 1, "data")
-                    micro_batches = reader.read(self.consumed_samples)
-                result = self._take_step(micro_batches, first=self.step == first_step)
+        log = self._step_log()
+        while self.step < train.steps and not stopping:
+            step = self.step + 1
+            profiler.begin(step)
+            self.heartbeat.step = step
+            with self.timer.waiting_for_data(), self.heartbeat.during("reading data"):
+                self.faults.at(step, "data")
+                micro_batches = reader.read(self.consumed_samples)
+            with self._timeline(step):
+                result = self._take_step(step, micro_batches)
                 # The device is busy with this step while the host looks at the one before.
-                self._check(unchecked)
-                stopping = unchecked is not None and unchecked.numbers.stop_requested()
-                unchecked = result
-                if self._log_is_due(self.step + 1):
-                    self._check(result)
-                collect_garbage(self.step + 1)
-            self.step += 1
-            profiler.end(self.step)
+                stopping = self._look(log)
+                self.step = step
+                self.consumed_samples += self.batches.size_at(self.consumed_samples)
+                log.put(result, self.consumed_samples)
+            # Looking through all that the first step has left takes long, which is no part of the second one.
+            with self.timer.pause() if step == self.started_from + 1 else nullcontext():
+                collect_garbage(step)
+            profiler.end(step)
             self.saving.look()
-            self.consumed_samples += self.batches.size_at(self.consumed_samples)
-            self._report(result)
-            self.evaluation_due = self._is_due(config.train.eval_interval)
+            self.evaluation_due = self._is_due(train.eval_interval)
             if self.evaluation_due and not stopping:
-                stopping = self._evaluate()
-            if self.step - first_step == config.train.exit_after:
+                stopping = self._look(log) or self._evaluate()
+            if step - self.started_from == train.exit_after:
                 self.stop.ask("train.exit_after")
                 stopping = True
-            if self._is_due(config.checkpoint.interval) and self.step < config.train.steps and not stopping:
-                self._check(result)
-                self.saving.save(self.step, self._tensors(), self._state())
-                stopping = self._any_wish_to_stop()
-        self._check(unchecked)
+            if self._is_due(self.config.checkpoint.interval) and step < train.steps and not stopping:
+                self._look(log)  # no checkpoint is made of a step whose numbers nobody knows
+                with self.timer.pause():
+                    self.saving.save(step, self._tensors(), self._state())
+                    stopping = self._any_wish_to_stop()
+        self._look(log)
         reader.close()
-        return self._finish(first_step)
 
-    def _take_step(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> StepResult:
-        step, stop, begin = self.step + 1, self._wishes_to_stop(), time.perf_counter()
+    def _look(self, log: StepLog) -> bool:
+        try:
+            return log.look()
+        except NonFiniteError:
+            self.step = log.looked_at  # no later step has moved the weights
+            raise
+
+    def _step_log(self) -> StepLog:
+        return StepLog(
+            self.config,
+            self.mesh,
+            self.device,
+            self.recorder,
+            self.faults,
+            self.timer,
+            self.saving.take_stall,
+            step=self.step,
+            consumed_samples=self.consumed_samples,
+        )
+
+    def _take_step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        stop, begin, first = self._wishes_to_stop(), time.perf_counter(), step == self.started_from + 1
         compiled = compiled_parts(self.config, self.mesh, compile_layers=self.compilation.layers) if first else None
         if compiled is not None:
             self._note(f"step {step} takes longer: it compiles {compiled}")
         counting = Traffic(self.mesh) if first and dist.get_world_size() > 1 else nullcontext()
-        recording = self._timeline() if step == self.config.train.timeline_step else nullcontext()
         # Stages say themselves what they do, and wait in between.
         doing = None if self.config.parallel.pp > 1 else "forward and backward passes"
-        with counting as traffic, recording, self.heartbeat.during(doing):
+        with counting as traffic, self.heartbeat.during(doing):
             result = self.train_step(step, micro_batches, learning_rate(self.config, step), stop=stop)
         if self.recorder and traffic is not None:
             self.recorder.console.traffic(traffic.bytes)
@@ -191,14 +210,20 @@ class Trainer:
         return self.heartbeat.during(str(action))
 
     @contextmanager
-    def _timeline(self) -> Iterator[None]:
+    def _timeline(self, step: int) -> Iterator[None]:
+        """Draws the pipeline's schedule of the step within, if it is the one that was asked for."""
+        if step != self.config.train.timeline_step:
+            yield
+            return
         from training.timeline import draw_step, recorded  # of pipelines, which take a second to import
 
-        layout, step = self.config.parallel, self.step + 1
+        layout = self.config.parallel
         with recorded(self.data_parallel, self.mesh) as spans:
             yield
         path = Path(self.config.run_dir) / LOGS / f"timeline_step_{step}.png"
-        draw_step(spans, self.mesh, f"step {step}, {layout.pp_schedule}, {layout.stages} stages", path)
+        title = f"step {step}, {layout.pp_schedule}, {layout.stages} stages"
+        with self.timer.pause():
+            draw_step(spans, self.mesh, title, path)
         self._note(f"timeline of step {step}: {path}")
 
     def _wishes_to_stop(self) -> bool:
@@ -214,11 +239,11 @@ class Trainer:
         dist.all_reduce(wish)
         return wish.item() > 0
 
-    def _finish(self, first_step: int) -> bool:
+    def _finish(self) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps and not self.evaluation_due
         self.saving.wait()
-        if self.step > first_step and self.saving.saved_step != self.step:
+        if self.step > self.started_from and self.saving.saved_step != self.step:
             self.saving.save_last(self.step, self._tensors(), self._state())
         validation = self.splits.validation
         if completed and self.recorder:
@@ -247,12 +272,8 @@ class Trainer:
         return splits
 
     def _record_compilation(self) -> None:
-        """Put down what `train.compile` comes to; the console says it where it was left to Kilotron and matters."""
-        if self.recorder is None:
-            return
-        self.recorder.directory.record_environment({"compile": asdict(self.compilation)})
-        if self.config.train.compile is None and self.device.type == "cuda":
-            self._note(f"compile  {self.compilation}")
+        if self.recorder:
+            self.recorder.directory.record_environment({"compile": asdict(self.compilation)})
 
     def _reader(self, dataset: GPTDataset, batch_size: Callable[[int], int]) -> BatchReader:
         return BatchReader(
@@ -373,65 +394,8 @@ class Trainer:
     def _tensors(self) -> dict[str, TensorPart]:
         return training_tensors(self.parameters, self.optimizer, self.shapes)
 
-    def _check(self, result: StepResult | None) -> None:
-        """Raise NonFiniteError where a step had no finite loss or gradient; all ranks decide alike.
-
-        With a loss scale such a step was skipped, and it is an error once the scale is as small as 1.
-        """
-        if result is None or all(map(math.isfinite, result.numbers.read())):
-            return
-        scale = result.numbers.loss_scale()
-        if scale is not None and scale > 1:
-            if result.step > self.skipped_step:
-                self._note(
-                    f"step {result.step} is skipped: float16 overflows at loss scale {scale:.0f}, which is halved"
-                )
-                self.skipped_step = result.step
-            return
-        losses = result.local_losses.tolist()
-        reason = describe_non_finite(result.step, losses, result.micro_batches, self.mesh)
-        if scale is not None:
-            reason = f"float16 overflows even at a loss scale of {scale:g}, try train.precision=bf16; {reason}"
-        raise NonFiniteError(reason)
-
-    def _report(self, result: StepResult) -> None:
-        config = self.config
-        self.faults.at(self.step, "log")
-        if config.log.sample_ids:
-            fed = gather_samples(result.micro_batches, self.mesh)
-            if self.recorder and fed:
-                self.recorder.samples(self.step, fed)
-        if self.recorder is None:
-            return
-        if not self._log_is_due(self.step):
-            self.recorder.console.progress(self.step)
-            return
-        loss, gradient_norm = result.numbers.read()
-        step_ms, data_ms = self.timer.take()
-        batch_size = (self.consumed_samples - self.logged_samples) / (self.step - self.logged_step)
-        self.logged_step, self.logged_samples = self.step, self.consumed_samples
-        tokens_per_second = batch_size * config.seq_length / step_ms * 1000
-        self.recorder.step(
-            StepMetrics(
-                step=self.step,
-                consumed_samples=self.consumed_samples,
-                consumed_tokens=self.consumed_samples * config.seq_length,
-                loss=loss,
-                lr=learning_rate(config, self.step),
-                grad_norm=gradient_norm,
-                tokens_per_second=tokens_per_second,
-                tokens_per_second_per_gpu=tokens_per_second / dist.get_world_size(),
-                step_ms=step_ms,
-                data_ms=data_ms,
-                mfu=model_flops_utilization(config, tokens_per_second, self._device_name()),
-                memory_gb=peak_memory_gb(self.device),
-                loss_scale=result.numbers.loss_scale(),
-                checkpoint_stall_ms=self.saving.take_stall(),
-            )
-        )
-
     def _evaluate(self) -> bool:
-        with self.heartbeat.during("evaluation"):
+        with self.timer.pause(), self.heartbeat.during("evaluation"):
             return self._evaluate_validation()
 
     @torch.no_grad()
@@ -447,10 +411,10 @@ class Trainer:
         batches = min(self.config.train.eval_steps, max(1, dataset.samples_per_epoch // batch_size))
         reader = self._reader(dataset, lambda _: batch_size)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        numbers = StepNumbers(totals)
+        before = numbers = StepNumbers(totals)
         for index in range(batches):
-            # As in training, the device is a batch ahead of what the host looks at.
-            if numbers.stop_requested():
+            # As in training: the device is busy with the last batch while the host looks at the one before.
+            if before.stop_requested():
                 break
             on_device = [batch_to_device(batch, self.device) for batch in reader.read(index * batch_size)]
             losses = self.data_parallel.evaluate([(ids, {"labels": others["labels"]}) for ids, others in on_device])
@@ -459,7 +423,7 @@ class Trainer:
             dist.all_reduce(summed)
             tokens = count_tokens(on_device, self.mesh)
             totals += torch.stack([summed[0], tokens, summed[1]])
-            numbers = StepNumbers(totals)
+            before, numbers = numbers, StepNumbers(totals)
         else:
             self.evaluation_due = False
             total_loss, total_tokens = numbers.read()
@@ -473,12 +437,6 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps and after the last does so now; 0 is never."""
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.train.steps)
-
-    def _log_is_due(self, step: int) -> bool:
-        return step % self.config.train.log_interval == 0 or step in (1, self.config.train.steps)
-
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _note(self, text: str) -> None:
         if self.recorder:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +22,24 @@ def profiled(folder, asked, taken, notes, device=CPU):
         profiler.end(step)
     profiler.close()
     return {path.name: path for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_steps_are_taken_outside_of_the_pauses_in_which_it_sets_up_and_writes(tmp_path):
+    order = []
+
+    @contextmanager
+    def pause():
+        order.append("pause")
+        yield
+        order.append("go on")
+
+    profiler = StepProfiler(range(3, 5), tmp_path, CPU, lambda _: order.append("written"), pause)
+    for step in range(1, 7):
+        profiler.begin(step)
+        order.append(step)
+        profiler.end(step)
+    profiler.close()
+    assert order == [1, "pause", "go on", 2, "pause", "go on", 3, 4, "pause", "written", "go on", 5, 6]
 
 
 def traced_steps(path):

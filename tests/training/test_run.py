@@ -119,7 +119,7 @@ def test_whatever_asks_the_next_start_goes_on(out_dir, uninterrupted):
 def test_a_signal_to_one_rank_stops_all_of_them_and_no_step_is_taken_twice(out_dir, uninterrupted):
     """In an evaluation and in a save no further step is taken, for those may have taken all the time there is."""
     run = words(out_dir, "told", "train.steps=30")
-    for place, step in [("_report", 3), ("_evaluate", 10), ("_state", 15)]:
+    for place, step in [("_take_step", 2), ("_evaluate", 10), ("_state", 15)]:
         assert start(2, run, place, None, signal.SIGUSR1, 1) == 75
         expected = {"state": "preempted", "step": step, "reason": "a signal to another rank"}
         assert status(out_dir, "told").items() >= expected.items()
