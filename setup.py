@@ -3,7 +3,7 @@
 from setuptools import setup
 
 TENSORBOARD = ["tensorboard>=2.18"]
-TEST = ["pytest>=8", "hypothesis>=6", "transformers>=5", *TENSORBOARD]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "transformers>=5", *TENSORBOARD]
 LINT = ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 
 setup(

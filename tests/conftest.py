@@ -48,9 +48,36 @@ def runs_folder(tmp_path_factory):
     return make
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need CUDA."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where tests marked gpu run (default: cuda, where it is); cpu skips those marked cuda_only",
+    )
+
+
+def chosen_device(config):
+    """Where tests marked `gpu` run, None where they do not."""
+    wanted, found = config.getoption("--device"), torch.cuda.is_available()
+    if wanted == "cuda" and not found:
+        raise pytest.UsageError("--device cuda, but torch finds no CUDA device here; --device cpu runs what a CPU can")
+    return wanted or ("cuda" if found else None)
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """The kind of device of tests marked `gpu`."""
+    return chosen_device(pytestconfig)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` need CUDA, or to be told to do without."""
+    device = chosen_device(config)
+    for item in items:
+        if not item.get_closest_marker("gpu"):
+            continue
+        claim = item.get_closest_marker("cuda_only")
+        if device is None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        elif device == "cpu" and claim is not None:
+            item.add_marker(pytest.mark.skip(reason=f"claims something about CUDA: {claim.args[0]}"))
