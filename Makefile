@@ -60,7 +60,7 @@ gpu: $(VENV)/.run
 	@echo
 	@echo "Take this folder with $(SITE) to the GPU machine. None of these takes more than ten minutes there:"
 	@echo "$(ON_GPU) benchmarks.gpu --parts ceilings shapes --output outputs/gpu_1"
-	@echo "$(ON_GPU) pytest tests/test_gpu.py -m 'gpu and not nccl' -n 6 & $(ON_GPU) pytest tests/test_gpu.py -m 'gpu and nccl'; wait"
+	@echo "$(ON_GPU) pytest tests/test_gpu.py tests/core/test_dropout.py -m 'gpu and not nccl' -n 6 --dist loadgroup & $(ON_GPU) pytest tests/test_gpu.py -m 'gpu and nccl'; wait"
 	@echo "$(ON_GPU) benchmarks.gpu --parts variants --output outputs/gpu_3"
 	@echo "$(ON_GPU) benchmarks.gpu --parts trainer generation loss shapes --peers transformers --modes compiled --shapes gpt2_small llama_1b --output outputs/gpu_4"
 	@echo "Their tables, into docs/benchmarks.md:"

@@ -242,6 +242,7 @@ def test_a_compiled_graph_takes_the_channels_as_an_input():
 
 
 @pytest.mark.gpu
+@pytest.mark.cuda_only("a GPU drops what a CPU drops")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_returns_the_bits_of_the_cpu(dtype):
     x = torch.randn(3, 700, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
