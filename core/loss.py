@@ -106,7 +106,8 @@ def chunk_limit(device: torch.device) -> int:
 
 
 def _agreed(limit: int, device: torch.device, shard: VocabularyShard | None) -> int:
-    """The smallest limit of the ranks that share a vocabulary: they take as many chunks, with collectives in each."""
+    """The smallest limit of the ranks that share a vocabulary. They must take equally many chunks, because each chunk
+    has collectives. Collective where there is a shard and the device is no CPU."""
     if shard is None or device.type == "cpu":
         return limit
     limits = torch.tensor(limit, device=device)
