@@ -174,7 +174,7 @@ def compare_attention(narrow, exact, x, *, compiled, rotary=True):
 
 @DTYPES
 @pytest.mark.filterwarnings("error:.*is not compiled")
-def test_the_loss_compiled_or_not_equals_float64(device, dtype, monkeypatch):
+def test_the_loss_that_is_compiled_equals_the_plain_one_and_float64(device, dtype, monkeypatch):
     tokens, vocabulary = (3000, 20_001) if device == "cuda" else (300, 2001)
     if device == "cpu":  # which could compile it, but gains nothing by that
         monkeypatch.setattr(core.loss, "compiles_loss", lambda *_: True)
@@ -190,9 +190,10 @@ def test_the_loss_compiled_or_not_equals_float64(device, dtype, monkeypatch):
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     loss = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
     expected = loss.detach(), *torch.autograd.grad(loss / tokens, exact)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    exactly, nearly = (1e-5, 1e-5) if dtype == torch.float32 else (1e-2, 3e-2)
+    assert max(map(relative_error, *found)) < exactly
     for case in found:
-        assert max(map(relative_error, case, expected)) < tolerance
+        assert max(map(relative_error, case, expected)) < nearly
 
 
 def inputs_of_loss(device, dtype, tokens, vocabulary):
