@@ -17,8 +17,16 @@ def clock(monkeypatch):
     return now
 
 
+@pytest.fixture
+def hangups_arrive():
+    """As where these tests are not run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_the_first_signal_is_a_wish_and_the_second_ends_the_process(tmp_path, number):
+def test_the_first_signal_is_a_wish_and_the_second_ends_the_process(tmp_path, number, hangups_arrive):
     before = signal.getsignal(number)
     with stoppable(tmp_path / "STOP") as request:
         request.heeded = True
