@@ -39,6 +39,7 @@ def figure(function):
     return Figure("copy", function.__name__, function, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -53,12 +54,14 @@ def test_what_goes_wrong_in_a_figure_is_said(function, said):
     assert (function.__name__ in trace) == (function is not dies)
 
 
+@pytest.mark.slow
 def test_a_figure_that_takes_too_long_is_ended():
     begin = time.monotonic()
     assert apart(figure(hangs), 1.0) == ([], "not done after 1 s", "")
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_the_next_batch_is_taken_only_where_the_memory_did_not_suffice(tmp_path):
     record = Record(tmp_path)
     take(record, [figure(runs_out_of_memory), figure(works), figure(fails)], 60)

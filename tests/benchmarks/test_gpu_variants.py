@@ -72,6 +72,7 @@ def test_what_the_loss_did_formerly(monkeypatch):
         assert core.loss.row_stride(50_257, "cuda") == 50_257
 
 
+@pytest.mark.slow
 def test_the_gather_is_compiled_with_the_softmax_and_changes_no_number(monkeypatch):
     if missing_compiler("cpu") is not None:
         pytest.fail(f"needs the {missing_compiler('cpu')}")
