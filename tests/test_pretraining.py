@@ -317,6 +317,18 @@ def test_weights_of_another_run_can_be_a_start(out_dir):
     assert lines(out_dir, "loaded", "metrics.jsonl")[1]["consumed_samples"] == 8
 
 
+def test_weights_that_an_update_made_not_finite_are_not_saved(out_dir):
+    """The loss of the step is finite, and so is its gradient: only the weights show it."""
+    words = ["checkpoint.interval=1", "checkpoint.keep=9"]
+    assert train(out_dir, "overflow", 1, *words, "train.exit_after=1") == 75
+    beyond = ["optimizer.lr=1e38", "optimizer.weight_decay=1e3", "train.steps=3"]
+    said = r"step 2: its update made weights of .*weight not finite, .*; the newest checkpoint is of step 1; try"
+    with pytest.raises(NonFiniteError, match=said):
+        train(out_dir, "overflow", 2, *words, *beyond, "parallel.dp_shard=2")
+    assert [path.name for path in (out_dir / "overflow" / "checkpoints").glob("step_*")] == ["step_00000001"]
+    assert status(out_dir, "overflow")["saved_step"] == 1
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_diverges_ends_with_70_and_names_step_rank_and_samples(out_dir, ranks):
     name = f"diverged{ranks}"

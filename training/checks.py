@@ -15,7 +15,7 @@ from parallel.stages import takes
 from training.advice import counted, divisors, multiples_near, near_divisors, nearest
 from training.config import RunConfig
 from training.manifest import CORRUPT, MANIFEST_NAME, TEMPORARY
-from training.parameter_groups import parse_group
+from training.optimizer_checks import check_float32, check_parameter_groups, check_schedule
 from training.pipeline_checks import (
     check_pipeline_batch,
     check_pipeline_options,
@@ -291,36 +291,6 @@ def check_batch(config: RunConfig) -> Iterator[str]:
         yield f"{stated}{size} is not divisible by {why}; try {advice}"
 
 
-def check_parameter_groups(config: RunConfig) -> Iterator[str]:
-    """Every exception for parameters can be read; whether names match is known once the model is."""
-    for text in config.optimizer.groups:
-        try:
-            parse_group(text)
-        except ValueError as error:
-            yield f"optimizer.groups: {text!r}: {error}"
-
-
-def check_schedule(config: RunConfig) -> Iterator[str]:
-    """Warm-up and decay fit into the schedule, and the rate does not end above its peak."""
-    schedule, steps = config.schedule, config.schedule_steps
-    length = "schedule.steps" if schedule.steps is not None else "train.steps"
-    if schedule.warmup_steps >= steps:
-        yield (
-            f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of {length}={steps}; "
-            f"use at most {steps - 1}, or more steps"
-        )
-    elif schedule.name == "wsd" and schedule.warmup_steps + config.decay_steps > steps:
-        yield (
-            f"schedule.warmup_steps={schedule.warmup_steps} + schedule.decay_steps={config.decay_steps} is more than "
-            f"{length}={steps}; try schedule.decay_steps={steps - schedule.warmup_steps}"
-        )
-    if schedule.min_lr > config.optimizer.lr:
-        yield (
-            f"schedule.min_lr={schedule.min_lr} is above optimizer.lr={config.optimizer.lr}, the peak; "
-            f"try at most {config.optimizer.lr}"
-        )
-
-
 def check_profile(config: RunConfig) -> Iterator[str]:
     """The steps to profile are a range of those that the run takes."""
     profile, end, steps = config.train.profile, config.train.steps, config.train.profile_steps
@@ -407,14 +377,16 @@ def _load_problems(stated_path: str) -> Iterator[str]:
     elif any(mark in load.name for mark in (TEMPORARY, CORRUPT)):
         yield f"{stated} was {'not finished' if TEMPORARY in load.name else 'found damaged'}; say one that is whole"
     elif not (load / MANIFEST_NAME).is_file():
-        steps = sorted([*load.glob("step_*[0-9]"), *load.glob("checkpoints/step_*[0-9]")])
+        found = [*load.glob("step_*"), *load.glob("checkpoints/step_*")]
+        steps = sorted(path for path in found if re.fullmatch(r"step_\d+", path.name))
         runs = sorted(path.parent.name for path in load.glob("*/checkpoints"))
         inside = f"it holds the runs {', '.join(runs)}; {example}" if runs else example
         yield f"{stated} is no checkpoint; {f'try {steps[-1]}' if steps else inside}"
 
 
 def _folders(parent: Path) -> list[str]:
-    return [item.name for item in parent.iterdir() if item.is_dir()] if parent.is_dir() else []
+    found = [item.name for item in parent.iterdir() if item.is_dir()] if parent.is_dir() else []
+    return [name for name in found if TEMPORARY not in name]
 
 
 def check_name(config: RunConfig) -> Iterator[str]:
@@ -452,6 +424,7 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_pipeline_batch,
     check_pipeline_options,
     check_parameter_groups,
+    check_float32,
     check_schedule,
     check_profile,
     check_split,

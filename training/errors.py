@@ -26,7 +26,7 @@ class NonDeterministicError(Exception):
 
 
 class NonFiniteError(RunError):
-    """The loss or a gradient is NaN or infinite."""
+    """The loss, a gradient or a weight is NaN or infinite."""
 
     exit_code = 70
 
@@ -51,3 +51,7 @@ class StorageError(RunError):
 
 class DamageError(StorageError):
     """A file is not what was written."""
+
+
+class RemovedError(DamageError):
+    """A checkpoint that another process, whose run it is of, has removed while it was read."""

@@ -1,14 +1,20 @@
 """What becomes of a run's saves: begun, waited for, counted where they fail, and the time that they cost training."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import get_total_norm
 
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart
 from training.advice import counted
 from training.checkpoint_saver import CheckpointSaver
-from training.errors import StorageError
+from training.errors import NonFiniteError, StorageError
+from training.exchange import exchange, to_all
 from training.heartbeat import Heartbeat
 from training.recorder import Recorder
 from training.stop import StopRequest
@@ -46,11 +52,16 @@ class Saving:
         """Of the newest checkpoint of this run that is known to be whole."""
 
     def save(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
-        """Begin to save, once the save before is over; tensors may change afterwards."""
+        """Begin to save, once the save before is over; tensors may change afterwards.
+
+        Raises NonFiniteError on all ranks where a weight is not finite: who went on from such a checkpoint would get no
+        further.
+        """
         began = time.perf_counter()
         self.wait()
         recorder = self._recorder
         on_rank_zero(lambda: recorder.directory.ownership.check() if recorder else None)
+        self._require_finite(step, tensors)
         with self._heartbeat.during("saving a checkpoint"):
             self._saver.save(step, tensors, state)
         self.look()
@@ -62,6 +73,25 @@ class Saving:
                 "ones use it again"
             )
         self._is_first = False
+
+    def _require_finite(self, step: int, tensors: Mapping[str, TensorPart]) -> None:
+        named = {name: part.values for name, part in tensors.items() if name.startswith("model.")}
+        weights = {name: values for name, values in named.items() if values.numel()}  # a shard may be empty
+        non_finite = torch.tensor(float(not get_total_norm(weights.values(), math.inf).isfinite()))
+        dist.all_reduce(non_finite)
+        if not non_finite:
+            return
+
+        def own() -> str | None:
+            names = (name for name, values in weights.items() if not values.isfinite().all())
+            return next(names, "").removeprefix("model.")
+
+        name = exchange(own, to_all(lambda found: next(filter(None, found))), "looking for weights that are not finite")
+        goes_on = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint"
+        raise NonFiniteError(
+            f"step {step}: its update made weights of {name} not finite, so the step is not saved; {goes_on}; try a "
+            "smaller optimizer.lr, or more schedule.warmup_steps"
+        )
 
     def save_last(self, step: int, tensors: Mapping[str, TensorPart], state: dict[str, Any]) -> None:
         """Save, and wait for it. Raises StorageError on all ranks where that fails."""

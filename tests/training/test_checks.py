@@ -19,6 +19,8 @@ GPT2 = "model=gpt2_small"
 BAD = [
     # unknown keys and presets
     ("model.num_layer=3", "unknown key model.num_layer=3", "did you mean model.num_layers=3?"),
+    ("model.num_head=5", "did you mean model.num_attention_heads=5?"),
+    ("model.query_groups=2", "did you mean model.num_query_groups=2?"),
     ("tp=2", "did you mean parallel.tp=2?"),
     ("lr=1e-3", "did you mean optimizer.lr=1e-3?"),
     ("steps=5", "train.steps=5", "schedule.steps=5"),
@@ -295,6 +297,14 @@ BAD = [
     (f"name={'x' * 201}", "at most 200 bytes long", f"try name={'x' * 40}"),
     ("parallel.timeout_minutes=1e300", "must be below 1000000.0"),
     ("parallel.startup_minutes=1e300", "must be below 1000000.0"),
+    # numbers that float32 does not have
+    ("optimizer.lr=1e300", "is infinite in float32, in which weights are updated; the default is 0.0006"),
+    ("optimizer.weight_decay=1e39", "is infinite in float32"),
+    ("optimizer.eps=1e-50", "is 0 in float32", "try optimizer.eps=1e-8"),
+    (
+        "optimizer.lr=1e30 optimizer.groups=['*:lr_scale=1e10']",
+        "'*:lr_scale=1e10' with optimizer.lr=1e+30: is infinite",
+    ),
 ]
 
 
