@@ -1,4 +1,4 @@
-"""Configurations that runs have stored: taken as data, checked like one of now, and held against it."""
+"""Configurations that runs have stored: taken as data, checked like one of now, and compared with it."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from training.checks import check_ranges
+from training.checks import check_ranges, each_setting, show
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.manifest import Manifest
@@ -36,6 +36,16 @@ def difference(saved: RunConfig, current: RunConfig) -> list[str]:
         f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}"
         for key in {**now, **before}
         if before.get(key) != now.get(key)
+    ]
+
+
+def changed_settings(saved: RunConfig, current: RunConfig) -> list[str]:
+    """Every setting whose value is another one than it was: "optimizer.beta2: was 0.95, now 0.99"."""
+    before = {key: value for key, _, value in each_setting(saved)}
+    return [
+        f"{key}: was {show(before[key])}, now {show(value)}"
+        for key, _, value in each_setting(current)
+        if value != before[key]
     ]
 
 

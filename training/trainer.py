@@ -49,7 +49,7 @@ from training.schedule import learning_rate
 from training.starting_weights import load_weights
 from training.step_log import StepLog
 from training.stop import StopRequest
-from training.stored_config import config_of
+from training.stored_config import changed_settings, config_of
 from training.timing import StepTimer
 from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
 
@@ -334,6 +334,8 @@ class Trainer:
         pending = manifest.state.get("evaluation_due", False)
         self.evaluation_due = pending and self._is_due(self.config.train.eval_interval)
         self._note(f"resumed from {path}{unseen.get(verified, '')}")
+        if changed := changed_settings(saved, self.config):
+            self._note("\n  ".join([f"settings that were others when step {self.step} was saved:", *changed]))
         # Checkpoints of older versions do not say it: their configuration always did.
         self._say_what_compiling_changes(manifest.state.get("compiled_layers", saved.train.compile))
         self._say_what_was_asked_for_in_vain(saved, going_back=going_back)

@@ -193,6 +193,21 @@ def test_another_optimizer_begins_without_state_where_it_is_asked_for(out_dir):
     assert set(steps.values()) == {2}
 
 
+def test_settings_that_changed_since_the_checkpoint_are_named(out_dir):
+    assert train(out_dir, "settings", 1, "train.exit_after=1") == 75
+    changed = ["optimizer.beta2=0.99", "optimizer.groups=['*:lr_scale=0']", "train.batch_schedule=0:8"]
+    lines = printed(out_dir, "settings", *changed, "train.exit_after=1").splitlines()
+    begin = lines.index("settings that were others when step 1 was saved:")
+    said = [line for line in lines[begin + 1 :] if line.startswith("  ")]
+    assert said == [
+        "  optimizer.groups: was ['*norm*:lr_scale=0.5,weight_decay=0.1'], now ['*:lr_scale=0']",
+        "  optimizer.beta2: was 0.95, now 0.99",
+        "  train.micro_batch_size: was 4, now 8",
+        "  train.global_batch_size: was 4, now 8",
+        "  train.batch_schedule: was 0:4 300:8, now 0:8",
+    ]
+
+
 def test_a_pattern_without_a_parameter_is_refused_by_all_ranks(out_dir):
     with pytest.raises(ConfigError, match=r"\*.mpl.\* matches no parameter; names are like embedding.word.weight"):
         train(out_dir, "no_such_parameter", 2, "optimizer.groups=['*.mpl.*:lr_scale=2']")

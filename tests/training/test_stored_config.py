@@ -10,7 +10,7 @@ from data.config import DataConfig
 from training.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig
 from training.errors import ConfigError, RunError
 from training.manifest import Manifest, TensorEntry
-from training.stored_config import config_of, difference, refuse_another_run, restore_config
+from training.stored_config import changed_settings, config_of, difference, refuse_another_run, restore_config
 
 
 def test_another_model_data_or_seed_is_named():
@@ -34,6 +34,14 @@ def test_what_leaves_the_run_the_same_is_no_difference():
         train=TrainConfig(steps=5000, micro_batch_size=1),
     )
     assert difference(saved, current) == []
+
+
+def test_every_setting_that_changed_is_named_and_no_other():
+    saved = RunConfig()
+    current = replace(saved, name="moved", optimizer=OptimizerConfig(groups=["*:lr_scale=0"]), check=True)
+    said = ["name: was run, now moved", "check: was false, now true", "optimizer.groups: was [], now ['*:lr_scale=0']"]
+    assert changed_settings(saved, current) == said
+    assert changed_settings(saved, saved) == []
 
 
 def test_another_optimizer_is_a_difference_as_its_state_does_not_fit():
