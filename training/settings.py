@@ -58,11 +58,28 @@ def suggest_keys(key: str) -> list[str]:
         return [wanted]
     last_word = wanted.rpartition(".")[2]
     if last_word not in by_last_word:
-        guess = closest(wanted, known)
+        guess = _with_the_words_of(wanted, known) or closest(wanted, known)
         if guess is not None:
             return [guess]
         last_word = closest(last_word, by_last_word) or last_word
     return by_last_word.get(last_word, [])
+
+
+def _with_the_words_of(wanted: str, known: Iterable[str]) -> str | None:
+    """The shortest key of the same group that has the beginnings of all words that were typed, as num_attention_heads
+    has those of num_head; None where there is none, or several are as short."""
+    group, _, name = wanted.rpartition(".")
+    beginnings = name.split("_")
+
+    def has_all(key: str) -> bool:
+        words = iter(key.rpartition(".")[2].split("_"))
+        return all(any(word.startswith(beginning) for word in words) for beginning in beginnings)
+
+    found = [key for key in known if key.rpartition(".")[0] == group and has_all(key)]
+    found.sort(key=lambda key: key.count("_"))
+    if not found or (len(found) > 1 and found[0].count("_") == found[1].count("_")):
+        return None
+    return found[0]
 
 
 def unknown(typed: str, key: str, value: str | None = None) -> str:
