@@ -49,7 +49,8 @@ def list_all(found: list[Path]) -> Iterator[str]:
         try:
             manifest = read_manifest(path)
         except StorageError as error:
-            yield f"{path.name:28} {'':>8} {'':>6}  {'':19} {'':>9}  {error}"
+            if path.exists():  # else its run has removed it meanwhile
+                yield f"{path.name:28} {'':>8} {'':>6}  {'':19} {'':>9}  {error}"
             continue
         saved, loss = _at(manifest.state, "saved"), _at(manifest.state, "eval_loss")
         shown = f"{loss:.3f}" if isinstance(loss, float) else ""
@@ -102,6 +103,9 @@ def verify_all(found: list[Path]) -> Iterator[str]:
             manifest = read_manifest(path)
             verify(path, manifest, "full")
         except DamageError as error:
+            if not path.exists():
+                yield f"{path.name}: removed meanwhile by its run"
+                continue
             damaged.append(path.name)
             yield f"{path.name}: {error}"
         else:

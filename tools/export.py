@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from models.hugging_face import TensorRule
     from training.config import RunConfig
+    from training.manifest import Manifest
 
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 DTYPES |= {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -40,52 +41,58 @@ def _size(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the directory, whole or not at all. Raises ConfigError, StorageError or HuggingFaceError."""
+    from functools import partial
+
+    from parallel.process_group import process_group
+    from tools.reading import read_run
+    from training.errors import ConfigError
+
+    if arguments.output.exists():
+        raise ConfigError(f"{arguments.output} is there already; name a new directory")
+    with process_group(timedelta(minutes=1), {}):
+        print(read_run(arguments.run_dir, arguments.step, partial(_export, arguments)))
+    return 0
+
+
+def _export(arguments: argparse.Namespace, path: Path, manifest: "Manifest") -> str:
+    """Writes the checkpoint at `path` as a Hugging Face directory; returns what to say."""
     import torch
 
     from data.files import publish_directory, temporary_directory
     from models.families import family_for, family_of
     from models.hugging_face import HEAD, WORDS
-    from parallel.process_group import process_group
-    from tools.generate import choose_run
     from training.checkpoint import load_checkpoint
     from training.checkpoint_storage import TORCH_DTYPES
-    from training.errors import ConfigError
     from training.stored_config import config_of
 
-    output: Path = arguments.output
-    if output.exists():
-        raise ConfigError(f"{output} is there already; name a new directory")
-    with process_group(timedelta(minutes=1), {}), temporary_directory(beside=output) as folder:
-        path, manifest = choose_run(arguments.run_dir, arguments.step)
-        config = config_of(path, manifest)
-        # What an import found; a run that was trained has the family's own forms.
-        origin = manifest.state.get("hugging_face", {})
-        family = family_of(origin["config"]) if origin else family_for(config.model)
-        base = origin.get("base", family.base)
-        entries = {name.removeprefix("model."): e for name, e in manifest.tensors.items() if name.startswith("model.")}
-        rules = family.tensor_rules(entries, config.model.num_layers, base)
-        if origin.get("repeats_head"):
-            rules += [rule._replace(ours=(WORDS,)) for rule in family.tensor_rules([HEAD], 1, base)]
+    config = config_of(path, manifest)
+    # What an import found; a run that was trained has the family's own forms.
+    origin = manifest.state.get("hugging_face", {})
+    family = family_of(origin["config"]) if origin else family_for(config.model)
+    base = origin.get("base", family.base)
+    entries = {name.removeprefix("model."): e for name, e in manifest.tensors.items() if name.startswith("model.")}
+    rules = family.tensor_rules(entries, config.model.num_layers, base)
+    if origin.get("repeats_head"):
+        rules += [rule._replace(ours=(WORDS,)) for rule in family.tensor_rules([HEAD], 1, base)]
 
-        def load(name: str) -> torch.Tensor:
-            value = torch.empty(entries[name].shape, dtype=TORCH_DTYPES[entries[name].dtype])
-            load_checkpoint(path, manifest, {f"model.{name}": value})
-            return value
+    def load(name: str) -> torch.Tensor:
+        value = torch.empty(entries[name].shape, dtype=TORCH_DTYPES[entries[name].dtype])
+        load_checkpoint(path, manifest, {f"model.{name}": value})
+        return value
 
-        shapes = {name: entry.shape for name, entry in entries.items()}
-        dtypes = {rule: TORCH_DTYPES[DTYPES.get(arguments.dtype, entries[rule.ours[0]].dtype)] for rule in rules}
-        write_weights(
-            folder, {rule: (dtypes[rule], rule.shape(shapes)) for rule in rules}, arguments.max_shard_size, load
-        )
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    dtypes = {rule: TORCH_DTYPES[DTYPES.get(arguments.dtype, entries[rule.ours[0]].dtype)] for rule in rules}
+    layout = {rule: (dtypes[rule], rule.shape(shapes)) for rule in rules}
+    with temporary_directory(beside=arguments.output) as folder:
+        write_weights(folder, layout, arguments.max_shard_size, load)
         end = _write_tokenizer(arguments.run_dir, config, folder)
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end)
         described = origin.get("config") or family.config_json(config.model) | ids
         if arguments.dtype or not origin:
             described["dtype" if "dtype" in described else "torch_dtype"] = str(dtypes[rules[0]]).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        publish_directory(folder, output)
-    print(f"wrote {output}: {family.architecture} of {path}")
-    return 0
+        publish_directory(folder, arguments.output)
+    return f"wrote {arguments.output}: {family.architecture} of {path}"
 
 
 def write_weights(

@@ -67,40 +67,21 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     from models.gpt import build_meta_model
     from parallel.initialization import allocate
     from parallel.process_group import process_group
+    from tools.reading import read_run
     from training.checkpoint import load_checkpoint
     from training.stored_config import config_of
 
     # An empty environment: whatever launcher started this, it stays alone.
     with process_group(timedelta(minutes=1), {}) as process:
-        path, manifest = choose_run(run_dir, step)
-        config = config_of(path, manifest)
-        model = build_meta_model(config.model, torch.float32)
-        allocate(model, process.device)
-        load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return config, model.eval(), path
 
+        def load(path: Path, manifest: "Manifest") -> "tuple[RunConfig, GPTModel, Path]":
+            config = config_of(path, manifest)
+            model = build_meta_model(config.model, torch.float32)
+            allocate(model, process.device)
+            load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+            return config, model.eval(), path
 
-def choose_run(run_dir: Path, step: str) -> "tuple[Path, Manifest]":
-    """The newest valid checkpoint of a run, or that of a step. Collective. Raises ConfigError or StorageError."""
-    from training.checkpoint import choose_checkpoint
-    from training.errors import ConfigError
-
-    chosen = choose_checkpoint(run_dir, step, "auto")
-    if chosen is None:
-        raise ConfigError(_no_checkpoint(run_dir))
-    return chosen
-
-
-def _no_checkpoint(run_dir: Path) -> str:
-    from training.settings import closest
-
-    if run_dir.parent.name == "checkpoints":
-        return f"{run_dir} is a checkpoint; name its run and say --step: {run_dir.parent.parent}"
-    others = [path.parent.name for path in run_dir.parent.glob("*/checkpoints")]
-    near = closest(run_dir.name, others)
-    what = "holds no checkpoint" if run_dir.is_dir() else "is no directory"
-    nearest = f"nearest: {run_dir.parent / near}" if near else "name the directory of a run, such as outputs/pretrain"
-    return f"{run_dir} {what}; {nearest}"
+        return read_run(run_dir, step, load)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -10,12 +10,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.files import wait_until_visible
 from parallel.process_group import on_rank_zero
 from parallel.sharding import TensorPart, tensor_part
 from training.checkpoint_storage import read_parts, set_aside, step_directories, step_name
-from training.errors import DamageError, StorageError
+from training.errors import DamageError, RemovedError, StorageError
 from training.exchange import exchange, to_all
-from training.manifest import CORRUPT, LEFT, REPLACED, Manifest, compare_hashes, compare_sizes, read_manifest
+from training.manifest import (
+    CORRUPT,
+    LEFT,
+    MANIFEST_NAME,
+    REPLACED,
+    Manifest,
+    compare_hashes,
+    compare_sizes,
+    read_manifest,
+)
 
 DIRECTORY = "checkpoints"
 AUTO_HASHES_UP_TO = 50 * 10**9
@@ -36,7 +46,19 @@ def load_checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor
     Collective over the default process group; ranks may ask for different tensors. Raises StorageError on every rank
     where a tensor is missing or has another shape, or a file cannot be read, on any.
     """
-    exchange(lambda: read_parts(path, manifest, parts_of(tensors)), to_all(lambda _: None), f"loading {path}")
+
+    def read() -> None:
+        if dist.get_rank():  # rank 0 has read the manifest; other hosts may see later that it is there
+            wait_until_visible(path / MANIFEST_NAME)
+        read_parts(path, manifest, parts_of(tensors))
+
+    on_rank_zero(lambda: _require_manifest(path))
+    exchange(read, to_all(lambda _: None), f"loading {path}")
+
+
+def _require_manifest(path: Path) -> None:
+    if not (path / MANIFEST_NAME).is_file():
+        raise RemovedError(f"{path}: is there no more: its run has removed it")
 
 
 def parts_of(tensors: Mapping[str, TensorPart | torch.Tensor]) -> dict[str, TensorPart]:
@@ -91,6 +113,14 @@ def _shares(wanted: Mapping[tuple[str, str], Iterable[int]], manifest: Manifest,
     return shares
 
 
+def was_replaced(path: Path, manifest: Manifest) -> bool:
+    """Whether the run that a checkpoint is of has removed it since its manifest was read, or saved its step anew."""
+    try:
+        return read_manifest(path) != manifest
+    except DamageError:
+        return not path.exists()
+
+
 def choose_checkpoint(
     run_dir: Path, resume: str, verify_mode: str, needed: FilesNeeded = all_files, *, owned: bool = False
 ) -> tuple[Path, Manifest] | None:
@@ -99,7 +129,8 @@ def choose_checkpoint(
     Collective over the default process group. What auto passes over is named on rank 0's stderr and, where the run is
     `owned` by the caller, set aside as `.corrupt`. None where auto finds no checkpoint at all. Raises StorageError on
     every rank where all are damaged, the wanted step is damaged or not there, or a file cannot be read: an older
-    checkpoint is no answer to a disk that fails for a moment.
+    checkpoint is no answer to a disk that fails for a moment. RemovedError where the run is not `owned`, and whoever
+    owns it removed the checkpoint that was looked at.
     """
     directory = run_dir / DIRECTORY
     damaged: list[tuple[Path, DamageError]] = []
@@ -108,6 +139,8 @@ def choose_checkpoint(
             manifest = on_rank_zero(partial(_manifest_of, path))
             verify_together(path, manifest, verify_mode, needed)
         except DamageError as error:
+            if not owned and not on_rank_zero(path.exists):
+                raise RemovedError(f"{path}: was removed by its run while it was read") from error
             damaged.append((path, error))
         else:
             on_rank_zero(lambda: _pass_over(damaged, owned=owned))

@@ -271,7 +271,6 @@ def read_parts(directory: Path, manifest: Manifest, parts: Mapping[str, TensorPa
             shared = part.box.overlap(Box(chunk.offsets, chunk.lengths))
             if shared.size:
                 by_file[chunk.file].append((name, chunk, shared))
-    wait_until_visible(directory / MANIFEST_NAME)
     for file_name, pieces in by_file.items():
         file = SafetensorsFile(directory / file_name, manifest.files[file_name].size)
         for name, chunk, shared in pieces:

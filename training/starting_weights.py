@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from parallel.sharding import tensor_part
 from training.checkpoint import load_checkpoint, verify_together
 from training.checkpoint_storage import step_directories
 from training.config import RunConfig
-from training.errors import ConfigError, DamageError
+from training.errors import ConfigError, DamageError, RemovedError
 from training.manifest import read_manifest
 from training.optimizer import files_needed
 from training.stored_config import config_of, difference
@@ -35,23 +36,24 @@ def load_weights(
     try:
         manifest = on_rank_zero(lambda: read_manifest(path))
         verify_together(path, manifest, config.checkpoint.verify, lambda it: files_needed(it, parameters, shapes))
+        differences = difference(config_of(path, manifest), config)
+        of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
+        if of_model:
+            raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
+        load_checkpoint(
+            path, manifest, {f"model.{name}": tensor_part(value, shapes[name]) for name, value in parameters.items()}
+        )
     except DamageError as error:
-        raise DamageError(
-            f"checkpoint.load={path} is damaged: {error}; {on_rank_zero(lambda: _others(path))}"
-        ) from error
-    differences = difference(config_of(path, manifest), config)
-    of_model = [line for line in differences if re.match(r"model\.(?!dropout|init_std)", line)]
-    if of_model:
-        raise ConfigError(f"checkpoint.load={path} is of another model\n  " + "\n  ".join(of_model))
-    load_checkpoint(
-        path, manifest, {f"model.{name}": tensor_part(value, shapes[name]) for name, value in parameters.items()}
-    )
+        raise on_rank_zero(partial(_not_to_be_loaded, path, error)) from error
 
 
-def _others(path: Path) -> str:
-    """What else could be loaded, as advice."""
+def _not_to_be_loaded(path: Path, error: DamageError) -> DamageError:
+    """What to say of a checkpoint that is damaged, or that its run has removed; what else could be loaded is advice."""
     beside = [str(other) for _, other in step_directories(path.parent) if other.name != path.name]
-    return f"others there: {', '.join(beside)}" if beside else "there is no other beside it"
+    others = f"others there: {', '.join(beside)}" if beside else "there is no other beside it"
+    if path.exists():
+        return DamageError(f"checkpoint.load={path} is damaged: {error}; {others}")
+    return RemovedError(f"checkpoint.load={path} was removed by its run, which saves others; {others}")
 
 
 def _load_hugging_face(load: str, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]) -> None:

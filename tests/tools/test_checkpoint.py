@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tools.cli import main
 from training.checkpoint_saver import save_checkpoint
+from training.manifest import read_manifest
 
 STATE = {"consumed_samples": 12, "consumed_tokens": 384, "eval_loss": 2.5, "torch": "2.13.0",
          "saved": "2026-11-22 03:00:00",
@@ -88,3 +89,20 @@ def test_where_there_is_none_says_so(run_dir, capsys):
     for path in (run_dir, run_dir / "absent", run_dir / "checkpoints" / "step_00000010"):
         assert main(["checkpoint", "list", str(path)]) == 78
         assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_damage(run_dir, capsys, monkeypatch):
+    pruned = run_dir / "checkpoints" / "step_00000010"
+
+    def read(path):
+        if path == pruned:
+            shutil.rmtree(pruned, ignore_errors=True)
+        return read_manifest(path)
+
+    monkeypatch.setattr("tools.checkpoint.read_manifest", read)
+    kept = shutil.copytree(pruned, run_dir / "kept")
+    assert main(["checkpoint", "list", str(run_dir)]) == 0
+    assert "step_00000010" not in capsys.readouterr().out
+    shutil.copytree(kept, pruned)
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
+    assert "step_00000010: removed meanwhile by its run" in capsys.readouterr().out
