@@ -249,13 +249,14 @@ class Trainer:
         if config.data.path is None:
             on_rank_zero(lambda: prepare_sample(config.data, config.out_dir))
 
-        def open_all() -> Splits:
-            return open_splits(config.data, config.out_dir, config.seed, config.seq_length, config.model.vocabulary)
+        def open_all(digests: dict[str, str] | None = None) -> Splits:
+            vocabulary = config.model.vocabulary
+            return open_splits(config.data, config.out_dir, config.seed, config.seq_length, vocabulary, digests)
 
-        # Rank 0 first: what is wrong with the data is then said once, by all ranks alike.
-        on_rank_zero(lambda: open_all() and None)
+        # Rank 0 first: what is wrong with the data is then said once, by all ranks alike; and it hashes for all.
+        digests = on_rank_zero(lambda: open_all().digests)
         wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
-        splits = open_all()
+        splits = open_all(digests)
         if self.recorder:
             tokenizer = find_tokenizer(config.data, config.out_dir)
             if is_tokenizer_file(tokenizer):
