@@ -18,7 +18,7 @@ from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.locations import data_prefix
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
-from data.vocabulary import find_tokenizer, is_tokenizer_file
+from data.vocabulary import find_tokenizer, tokenizer_digest
 from models.gpt import build_meta_model
 from parallel.initialization import allocate, materialize
 from parallel.mesh import ParallelMesh
@@ -257,13 +257,17 @@ class Trainer:
         digests = on_rank_zero(lambda: open_all().digests)
         wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
         splits = open_all(digests)
-        if self.recorder:
-            tokenizer = find_tokenizer(config.data, config.out_dir)
-            if is_tokenizer_file(tokenizer):
-                self.recorder.directory.keep_tokenizer(tokenizer)
+        self.tokenizer_digest = on_rank_zero(self._keep_tokenizer)
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
+
+    def _keep_tokenizer(self) -> str | None:
+        """Keeps the data's tokenizer in the run directory; returns the digest of its file, if it is one."""
+        tokenizer = find_tokenizer(self.config.data, self.config.out_dir)
+        if self.recorder:
+            self.recorder.directory.keep_tokenizer(tokenizer)
+        return tokenizer_digest(tokenizer)
 
     def _record_compilation(self) -> None:
         if self.recorder:
@@ -379,6 +383,7 @@ class Trainer:
             "eval_loss": self.eval_loss if evaluated else None,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
+            "tokenizer_sha256": self.tokenizer_digest,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "compiled_layers": self.compilation.layers,
             "torch": torch.__version__,
