@@ -3,10 +3,12 @@
 import difflib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data.errors import CorruptDataError, DataPathError
+from data.files import is_there, unique_keys
 
 _JSON_LINES = (".jsonl", ".json")
 _FOUND_IN_FOLDERS = (".txt", ".jsonl")
@@ -16,9 +18,10 @@ _CHUNK = 1 << 20
 def read_documents(inputs: Sequence[Path], json_key: str = "text", separator: str | None = None) -> Iterator[str]:
     """The documents of all inputs, in order; a folder stands for its .txt and .jsonl files at any depth, by name.
 
-    A text file (UTF-8) is one document, or several between `separator`s; a .jsonl or .json file is an object a line,
-    its text under `json_key`. Raises DataPathError at the call where an input is missing, CorruptDataError with file
-    and line where one cannot be read.
+    A text file (UTF-8) is one document, or several between `separator`s, in which a line break may be of either kind; a
+    .jsonl or .json file is an object a line, its text under `json_key`. Text stays as it is, line breaks included.
+    Raises DataPathError at the call where an input is missing, CorruptDataError with file and line where one cannot be
+    read.
     """
     return itertools.chain.from_iterable(
         _json_documents(file, json_key) if file.suffix in _JSON_LINES else _text_documents(file, separator)
@@ -27,7 +30,10 @@ def read_documents(inputs: Sequence[Path], json_key: str = "text", separator: st
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """The files that `inputs` stand for. Raises DataPathError where one is missing or a folder holds none."""
+    """The files that `inputs` stand for.
+
+    Raises DataPathError where one is missing or no regular file, or a folder holds none.
+    """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
@@ -37,7 +43,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
                     f"{path} holds no {' or '.join(_FOUND_IN_FOLDERS)} file; name other files one by one"
                 )
             files += found
-        elif path.is_file():
+        elif is_there(path):
             files.append(path)
         else:
             names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -48,17 +54,32 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
 
 def _text_documents(file: Path, separator: str | None) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8-sig") as handle:
+        # With newline="" nothing is translated: the model is to see what the file holds.
+        with file.open(encoding="utf-8-sig", newline="") as handle:
             if separator is None:
                 yield handle.read()
-                return
-            rest = ""
-            while chunk := handle.read(_CHUNK):
-                *whole, rest = (rest + chunk).split(separator)
-                yield from whole
-            yield rest
+            else:
+                yield from _cut(iter(lambda: handle.read(_CHUNK), ""), separator)
     except UnicodeDecodeError as error:
         raise CorruptDataError(f"{file} is not UTF-8 text ({error.reason}); `iconv -t utf-8` may convert it") from None
+
+
+def _cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """What lies between separators, whose line breaks are `\\n` or `\\r\\n`, in time that grows with the text alone."""
+    pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+    overlap = len(separator) + separator.count("\n") - 1
+    parts: list[str] = []
+    rest = ""
+    for chunk in chunks:
+        *whole, last = pattern.split(rest + chunk)
+        for text in whole:
+            yield "".join([*parts, text])
+            parts.clear()
+        # Only in the last characters can a separator begin that ends in the next chunk.
+        done = max(0, len(last) - overlap)
+        parts.append(last[:done])
+        rest = last[done:]
+    yield "".join([*parts, rest])
 
 
 def _json_documents(file: Path, json_key: str) -> Iterator[str]:
@@ -67,11 +88,18 @@ def _json_documents(file: Path, json_key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 raise CorruptDataError(f"{file}:{number}: not a JSON object a line: {error}") from None
             text = entry.get(json_key) if isinstance(entry, dict) else None
             if not isinstance(text, str):
                 held = f"its keys are {', '.join(entry)}" if isinstance(entry, dict) else "it is no object"
                 raise CorruptDataError(f"{file}:{number}: no text under {json_key!r}; {held}; see --json-key")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise CorruptDataError(
+                    f"{file}:{number}: half of a surrogate pair, which is no character, at character {error.start} of "
+                    f"the text under {json_key!r}"
+                ) from None
             yield text

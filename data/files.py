@@ -22,6 +22,7 @@ SECONDS_UNTIL_VISIBLE = 90.0
 SECONDS_BETWEEN_LOOKS = 0.2
 LARGEST_JSON = 2**30
 """Bytes of a JSON file up to which it is read."""
+_KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -89,6 +90,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a regular file. Raises DataPathError where something else is: opening a FIFO could wait for
+    ever."""
+    if path.is_file():
+        return True
+    if path.exists():
+        kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "device")
+        raise DataPathError(f"{path} is a {kind}, no regular file; name a regular file, or put one there")
+    return False
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises DataPathError where there is none."""
     try:
@@ -138,11 +150,11 @@ def sha256_of(path: Path) -> str:
 def require_pair(prefix: str) -> tuple[Path, Path]:
     """The `.bin` and `.idx` of `prefix`.
 
-    Raises DataPathError where neither exists, naming the nearest prefixes in that folder, and CorruptDataError where
-    only one does.
+    Raises DataPathError where neither exists, naming the nearest prefixes in that folder, or one is no regular file,
+    and CorruptDataError where only one exists.
     """
     paths = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not is_there(path)]
     if len(missing) == 1:
         present = next(path for path in paths if path not in missing)
         raise CorruptDataError(

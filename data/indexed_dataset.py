@@ -1,4 +1,4 @@
-"""Megatron's `.bin`/`.idx` pair, byte for byte: a writer, and a memory-mapped reader that checks before it trusts."""
+"""Megatron's `.bin`/`.idx` pair, byte for byte: a writer, and a reader that checks before it trusts."""
 
 import struct
 from array import array
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from data.errors import CorruptDataError
 from data.files import publish, require_pair, temporary_name
+from data.positioned_file import PositionedFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -75,47 +76,60 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """A `.bin`/`.idx` pair as one stream of tokens, mapped, not read.
+    """A `.bin`/`.idx` pair as one stream of tokens, read where it is asked for.
 
     Opening raises DataPathError where the pair is missing, and CorruptDataError, which names the field, what was
-    expected and what was found, where a file is truncated, torn or foreign.
+    expected and what was found, where a file is truncated, torn or foreign. What is read afterwards raises what
+    `PositionedFile.read` does.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         """Opens and checks `<prefix>.bin` and `<prefix>.idx`. Reads the whole index, nothing of the tokens."""
-        self._bin_path, self._idx_path = require_pair(str(prefix))
-        index = _map(self._idx_path, np.dtype("u1"))
-        self._dtype, sequences, entries = self._read_header(index)
-        self._lengths = np.frombuffer(index, "<i4", sequences, _HEADER.size)
-        self._pointers = np.frombuffer(index, "<i8", sequences, _HEADER.size + 4 * sequences)
-        self._documents = np.frombuffer(index, "<i8", entries, _HEADER.size + 12 * sequences)
-        self._check_documents()
-        self._check_sequences()
-        self._tokens = _map(self._bin_path, self._dtype)
-        self.total_tokens = len(self._tokens)
+        self._bin, self._idx = map(PositionedFile, require_pair(str(prefix)))
+        self._dtype, self._sequences, entries = self._read_header()
         self.num_documents = entries - 1
         """Empty ones included."""
+        self.total_tokens = int(self.document_starts[-1])
+        found, expected = self._bin.size, self.total_tokens * self._dtype.itemsize
+        if found != expected:
+            state = "truncated" if found < expected else "longer than its index; one of them is from elsewhere"
+            raise CorruptDataError(
+                f"{self._bin.path}: file size: expected {expected} bytes, as {self._idx.path.name} says, "
+                f"found {found} ({state})"
+            )
 
     @property
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Token offset at which each document starts, then the total: [documents + 1]. Built anew at each access."""
-        starts = np.full(len(self._documents), self.total_tokens, dtype=np.int64)
-        inner = self._documents < len(self._pointers)
-        starts[inner] = self._pointers[self._documents[inner]] // self._dtype.itemsize
-        return starts
+        """Token offset at which each document starts, then the total: [documents + 1].
+
+        Read and checked at each access, so that an index of many documents does not stay in memory.
+        """
+        documents = self._read_documents()
+        starts = np.empty(len(documents), dtype=np.int64)
+        position = 0
+        for begin in range(0, self._sequences, _CHECKED_AT_ONCE):
+            count = min(_CHECKED_AT_ONCE, self._sequences - begin)
+            lengths = self._idx.read(_HEADER.size + 4 * begin, count, "<i4")
+            pointers = self._idx.read(_HEADER.size + 4 * self._sequences + 8 * begin, count, "<i8")
+            ends = self._check_sequences(begin, position, lengths, pointers)
+            first, last = np.searchsorted(documents, (begin, begin + count))
+            starts[first:last] = pointers[documents[first:last] - begin]
+            position = int(ends[-1])
+        starts[np.searchsorted(documents, self._sequences) :] = position
+        return starts // self._dtype.itemsize
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.integer]:
-        """Tokens [stop - start] of the stream, a view in the file's own dtype."""
-        return self._tokens[start:stop]
+        """Tokens [stop - start] of the stream, in the file's own dtype."""
+        return self._bin.read(start * self._dtype.itemsize, min(stop, self.total_tokens) - start, self._dtype)
 
     def _require(self, holds: bool | np.bool_, field: str, expected: object, found: object) -> None:
         if not holds:
-            raise CorruptDataError(f"{self._idx_path}: {field}: expected {expected}, found {found}")
+            raise CorruptDataError(f"{self._idx.path}: {field}: expected {expected}, found {found}")
 
-    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
-        size, found = _HEADER.size, f"{len(index)} (truncated)"
-        self._require(len(index) >= size, "file size", f"at least the header's {size} bytes", found)
-        magic, version, code, sequences, entries = _HEADER.unpack(index[:size].tobytes())
+    def _read_header(self) -> tuple[np.dtype, int, int]:
+        size, found = _HEADER.size, f"{self._idx.size} (truncated)"
+        self._require(self._idx.size >= size, "file size", f"at least the header's {size} bytes", found)
+        magic, version, code, sequences, entries = _HEADER.unpack(self._idx.read(0, size, np.uint8).tobytes())
         foreign = f"{magic}; not a Megatron index, `kilotron prepare` writes one"
         self._require(magic == _MAGIC, "magic", _MAGIC, foreign)
         self._require(version == _VERSION, "version", _VERSION, version)
@@ -125,11 +139,13 @@ class IndexedDataset:
         self._require(entries >= 1, "length of the document index", "documents + 1", entries)
         needed = size + 12 * sequences + 8 * entries
         wanted = f"{needed} bytes for {sequences} sequences and {entries} document entries"
-        self._require(len(index) >= needed, "file size", wanted, found)
+        self._require(self._idx.size >= needed, "file size", wanted, found)
         return _DTYPES[code], sequences, entries
 
-    def _check_documents(self) -> None:
-        entries, sequences = self._documents, len(self._lengths)
+    def _read_documents(self) -> npt.NDArray[np.int64]:
+        """The sequence with which each document starts, then their number: [documents + 1]."""
+        sequences = self._sequences
+        entries = self._idx.read(_HEADER.size + 12 * sequences, self.num_documents + 1, "<i8")
         self._require(entries[0] == 0, "first entry of the document index", 0, entries[0])
         all_of_them = f"the {sequences} sequences"
         self._require(entries[-1] == sequences, "last entry of the document index", all_of_them, entries[-1])
@@ -137,31 +153,19 @@ class IndexedDataset:
         where = int(falling.argmax())
         least = f"at least {entries[where - 1]}"
         self._require(not falling[where], f"document index, entry {where}", least, entries[where])
+        return entries
 
-    def _check_sequences(self) -> None:
-        position = 0
-        for begin in range(0, len(self._lengths), _CHECKED_AT_ONCE):
-            lengths = self._lengths[begin : begin + _CHECKED_AT_ONCE]
-            pointers = self._pointers[begin : begin + _CHECKED_AT_ONCE]
-            where = int((lengths < 0).argmax())
-            field = f"length of sequence {begin + where}"
-            self._require(lengths[where] >= 0, field, "at least 0 tokens", lengths[where])
-            ends = position + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-            expected = np.concatenate(([position], ends[:-1]))
-            # Megatron's writers leave no gaps, and a sample is a slice of one unbroken stream
-            where = int((pointers != expected).argmax())
-            field, wanted = f"offset of sequence {begin + where}", f"{expected[where]}, where the one before ends"
-            self._require(pointers[where] == expected[where], field, wanted, pointers[where])
-            position = int(ends[-1])
-        found = self._bin_path.stat().st_size
-        if found != position:
-            state = "truncated" if found < position else "longer than its index; one of them is from elsewhere"
-            raise CorruptDataError(
-                f"{self._bin_path}: file size: expected {position} bytes, as {self._idx_path.name} says, "
-                f"found {found} ({state})"
-            )
-
-
-def _map(path: Path, dtype: np.dtype) -> npt.NDArray:
-    # an empty file cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+    def _check_sequences(
+        self, begin: int, position: int, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where each of the sequences from `begin` on ends, in bytes, if the first starts at `position`."""
+        where = int((lengths < 0).argmax())
+        field = f"length of sequence {begin + where}"
+        self._require(lengths[where] >= 0, field, "at least 0 tokens", lengths[where])
+        ends = position + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+        expected = np.concatenate(([position], ends[:-1]))
+        # Megatron's writers leave no gaps, and a sample is a slice of one unbroken stream
+        where = int((pointers != expected).argmax())
+        field, wanted = f"offset of sequence {begin + where}", f"{expected[where]}, where the one before ends"
+        self._require(pointers[where] == expected[where], field, wanted, pointers[where])
+        return ends

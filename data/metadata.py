@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data.errors import CorruptDataError
-from data.files import write_whole
+from data.files import is_there, write_whole
 
 _FORMAT = 1
 
@@ -40,18 +40,22 @@ class Metadata:
 
 
 def read_metadata(prefix: str | Path) -> Metadata | None:
-    """What stands in `<prefix>.meta.json`; None where it is absent. Raises CorruptDataError where it is unreadable."""
+    """What stands in `<prefix>.meta.json`; None where it is absent.
+
+    Raises CorruptDataError where it is unreadable, DataPathError where it is no regular file.
+    """
     path = Path(f"{prefix}.meta.json")
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
         content = json.loads(path.read_bytes())
         found = content["format"]
         metadata = Metadata(**{field.name: content[field.name] for field in fields(Metadata)})
         sizes = (metadata.vocab_size, metadata.end_of_document, metadata.documents, metadata.tokens)
-        if not isinstance(metadata.tokenizer, str) or not all(type(size) is int for size in sizes):
+        texts = (metadata.tokenizer, *(metadata.sha256[suffix] for suffix in ("bin", "idx")))
+        if not all(isinstance(text, str) for text in texts) or not all(type(size) is int for size in sizes):
             raise TypeError("a field is of the wrong type")
-    except (ValueError, KeyError, TypeError) as error:
+    except (RecursionError, ValueError, KeyError, TypeError) as error:
         raise CorruptDataError(
             f"{path} is not what `kilotron prepare` writes: {error!r}; prepare the data again"
         ) from None

@@ -1,7 +1,9 @@
 """Documents to a shuffled `.bin`/`.idx` pair that is whole or absent."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.vocabulary import JSON_SUFFIX, is_tokenizer_file, tokenizer_files
 
 _BATCH_CHARACTERS = 1 << 22
+_TEMPORARY = r"\.{}(\.(bin|idx|meta\.json|tiktoken|tokenizer\.json|tokenizer_config\.json))?\.[0-9a-f]{{12}}\.tmp"
+"""What a preparation makes beside its output, whose name is to be filled in, and removes at its end."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,18 @@ class Prepared:
     metadata: Metadata
     skipped: int
     """Documents without text."""
+
+
+def left_behind(output_prefix: Path) -> dict[Path, float]:
+    """What preparations that were killed have left beside the output, or one that runs now needs, each with the time at
+    which it was last written to, in seconds since the epoch."""
+    name = re.compile(_TEMPORARY.format(re.escape(output_prefix.name)))
+    found = {}
+    for path in output_prefix.parent.glob(".*.tmp"):
+        if name.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # of one that ends now
+                found[path] = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    return found
 
 
 def prepare_documents(

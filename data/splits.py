@@ -1,6 +1,7 @@
 """The training, validation and test data of a run, opened from its configuration."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,14 @@ from data.errors import CorruptDataError, DataPathError
 from data.gpt_dataset import GPTDataset, split_documents
 from data.indexed_dataset import IndexedDataset
 from data.locations import data_prefix
-from data.metadata import read_metadata
+from data.metadata import Metadata, read_metadata
+from data.positioned_file import PositionedFile
 
+FILES = {"bin": "tokens", "idx": "documents"}
+"""What the files of a pair hold, by the suffixes under which the fingerprint has their digests."""
 _FINGERPRINTED = 1 << 20
+_BLOCK, _BLOCKS = 1 << 22, 256
+"""Bytes of a block, and how many of them are hashed of a file that has more: a gibibyte."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,25 @@ class Splits:
     fingerprint: dict[str, str | int]
     """All that decides which tokens a sample holds; equal fingerprints mean equal data, wherever the files lie."""
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The part of the fingerprint that takes time: of each file, by its suffix."""
+        return {suffix: str(self.fingerprint[suffix]) for suffix in FILES}
 
-def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vocab_size: int) -> Splits:
+
+def open_splits(
+    config: DataConfig,
+    out_dir: str,
+    seed: int,
+    seq_length: int,
+    vocab_size: int,
+    digests: Mapping[str, str] | None = None,
+) -> Splits:
     """Opens prepared data: `config.path`, else the embedded corpus as `prepare_sample` left it.
 
-    A validation or test split without a document of its own, or shorter than one sample, is None; see `absent`. Raises
-    DataPathError where the data is missing or too short to train on, CorruptDataError where it is damaged.
+    Up to a gibibyte of each file is read for its digest, unless another rank has found the `digests`. A validation or
+    test split without a document of its own, or shorter than one sample, is None; see `absent`. Raises DataPathError
+    where the data is missing or too short to train on, CorruptDataError where it is damaged.
     """
     prefix = data_prefix(config, out_dir)
     indexed = IndexedDataset(prefix)
@@ -41,6 +60,10 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
             f"{prefix}.meta.json speaks of {metadata.tokens} tokens, {prefix}.idx of {indexed.total_tokens}: they are "
             f"not from the same preparation; prepare the data again"
         )
+    if digests is None:
+        digests = {suffix: _file_digest(Path(f"{prefix}.{suffix}")) for suffix in FILES}
+        if metadata is not None:
+            _refuse_other_files(prefix, metadata, digests)
     starts = indexed.document_starts
     opened: dict[str, GPTDataset] = {}
     absent: dict[str, str] = {}
@@ -59,6 +82,7 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
         "documents": indexed.num_documents,
         "tokens": indexed.total_tokens,
         "content": _content_digest(prefix),
+        **digests,
         "train_split": f"{train.start}:{train.stop}",
         "seq_length": seq_length,
         "seed": seed,
@@ -66,8 +90,33 @@ def open_splits(config: DataConfig, out_dir: str, seed: int, seq_length: int, vo
     return Splits(train, opened.get("validation"), opened.get("test"), absent, fingerprint)
 
 
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of blocks that are spread evenly over it, both ends included, where it is large."""
+    file, digest = PositionedFile(path), hashlib.sha256()
+    for start in _block_starts(file.size):
+        digest.update(file.read(start, min(_BLOCK, file.size - start), "u1").data)
+    return digest.hexdigest()
+
+
+def _block_starts(size: int) -> Sequence[int]:
+    if size <= _BLOCK * _BLOCKS:
+        return range(0, size, _BLOCK)
+    return [(size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS)]
+
+
+def _refuse_other_files(prefix: str, metadata: Metadata, digests: Mapping[str, str]) -> None:
+    """Raises CorruptDataError where a file that was hashed whole is not the one that was prepared."""
+    for suffix, found in digests.items():
+        path, expected = Path(f"{prefix}.{suffix}"), metadata.sha256[suffix]
+        if path.stat().st_size <= _BLOCK * _BLOCKS and found != expected:
+            raise CorruptDataError(
+                f"{path} is not what was prepared: expected SHA-256 {expected}, as {prefix}.meta.json says, found "
+                f"{found}; restore it, or prepare the data again"
+            )
+
+
 def _content_digest(prefix: str) -> str:
-    """SHA-256 of both files where they are small, else of both ends of each: the same with or without `.meta.json`."""
+    """SHA-256 of both files where they are small, else of both ends of each: what older checkpoints know."""
     digest = hashlib.sha256()
     for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
         with path.open("rb") as handle:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataPathError, TokenizerError
-from data.files import read_object, require_pair, sha256_of
+from data.files import is_there, read_object, require_pair, sha256_of
 from data.locations import sample_prefix
 from data.metadata import Metadata, read_metadata
 
@@ -60,14 +60,28 @@ def find_vocabulary(config: DataConfig, out_dir: str) -> Vocabulary:
 
 
 def find_tokenizer(config: DataConfig, out_dir: str) -> str:
-    """The tokenizer of the data that `config` chooses, as data.tokenizer and `load_tokenizer` take it."""
+    """The tokenizer of the data that `config` chooses, as data.tokenizer and `load_tokenizer` take it.
+
+    Raises DataPathError or CorruptDataError where it is unknown, TokenizerError where the file that lies beside the
+    data is not the one with which that was prepared.
+    """
     if config.tokenizer is not None:
         return config.tokenizer
     if config.path is None:
         if config.corpus is None:
             raise DataPathError("the data, and so its tokenizer, is not known")
-        return sample_prefix(config, out_dir) + TIKTOKEN_SUFFIX
-    return _require_metadata(config.path, read_metadata(config.path)).tokenizer_of(config.path)
+        prefix = sample_prefix(config, out_dir)
+        tokenizer, metadata = prefix + TIKTOKEN_SUFFIX, read_metadata(prefix)
+    else:
+        prefix = config.path
+        metadata = _require_metadata(prefix, read_metadata(prefix))
+        tokenizer = metadata.tokenizer_of(prefix)
+    if metadata is not None and metadata.tokenizer_sha256 not in (None, tokenizer_digest(tokenizer)):
+        raise TokenizerError(
+            f"{tokenizer} is not the file with which {prefix} was prepared, of which {prefix}.meta.json has the "
+            f"SHA-256: restore it, or prepare the text again with `kilotron prepare`"
+        )
+    return tokenizer
 
 
 def tokenizer_vocabulary(name: str) -> Vocabulary:
@@ -81,12 +95,8 @@ def tokenizer_vocabulary(name: str) -> Vocabulary:
         raise TokenizerError(
             f"no tokenizer {name!r}; did you mean {nearest}? known: {known}, or a file (.tiktoken, tokenizer.json)"
         )
+    _require_file(name)
     path = Path(name)
-    if not path.is_file():
-        present = sorted(str(file) for file in path.parent.glob(f"*{path.suffix}"))
-        matches = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
-        advice = f"nearest: {matches[0]}" if matches else "`kilotron train-tokenizer` makes one"
-        raise TokenizerError(f"no tokenizer file {name}; {advice}")
     if name.endswith(JSON_SUFFIX):
         tokens, end = _read_tokenizer_json(path)
         return Vocabulary(max(tokens.values()) + 1, tokens[end], f"tokenizer {name}")
@@ -94,9 +104,33 @@ def tokenizer_vocabulary(name: str) -> Vocabulary:
     return Vocabulary(ranks + 1, ranks, f"tokenizer {name}")
 
 
+def _require_file(name: str) -> None:
+    path = Path(name)
+    if not is_there(path):
+        present = sorted(str(file) for file in path.parent.glob(f"*{path.suffix}"))
+        matches = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
+        advice = f"nearest: {matches[0]}" if matches else "`kilotron train-tokenizer` makes one"
+        raise TokenizerError(f"no tokenizer file {name}; {advice}")
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Whether a tokenizer is named by its file."""
     return name.endswith((TIKTOKEN_SUFFIX, JSON_SUFFIX))
+
+
+def tokenizer_digest(name: str) -> str | None:
+    """SHA-256 of a tokenizer's file, None where the tokenizer is none. Raises TokenizerError where it is missing."""
+    if not is_tokenizer_file(name):
+        return None
+    _require_file(name)
+    return sha256_of(Path(name))
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Whether two tokenizers, by name or file, have the same tokens and end a document with the same one."""
+    if tokenizer_digest(one) is None or tokenizer_digest(one) != tokenizer_digest(other):
+        return one == other
+    return tokenizer_vocabulary(one).end_of_document == tokenizer_vocabulary(other).end_of_document
 
 
 def tokenizer_files(name: str) -> dict[str, bytes]:
@@ -110,7 +144,7 @@ def tokenizer_files(name: str) -> dict[str, bytes]:
         return {path.suffix: path.read_bytes()}
     _, end = _read_tokenizer_json(path)
     companion = _companion(path)
-    config = read_object(companion) if companion.is_file() else {}
+    config = read_object(companion) if is_there(companion) else {}
     told = companion.read_bytes() if config.get("eos_token") else json.dumps({**config, "eos_token": end}).encode()
     return {JSON_SUFFIX: path.read_bytes(), f"_config{JSON_SUFFIX}": told}
 
@@ -130,7 +164,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], str]:
             raise ValueError("ids are not whole numbers")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path} is no tokenizer.json: {error!r}") from error
-    companions = [file for file in (_companion(path), path.with_name("special_tokens_map.json")) if file.is_file()]
+    companions = [file for file in (_companion(path), path.with_name("special_tokens_map.json")) if is_there(file)]
     told = [read_object(file).get("eos_token") for file in companions]
     ends = [str(end.get("content") if isinstance(end, dict) else end) for end in told if end]
     found = next((end for end in ends or ENDS if end in tokens), None)

@@ -394,14 +394,43 @@ def test_a_start_over_is_never_silent(out_dir):
 def test_data_may_move_as_long_as_it_is_the_same(out_dir):
     for name in ("here", "there"):
         with IndexedDatasetWriter(out_dir / name, 257) as writer:
-            writer.add_document(np.random.default_rng(0).integers(0, 200, 4801))
+            writer.add_document(np.random.default_rng(0).integers(0, 200, 2_000_000))
     words = ["data.tokenizer=bytes", "data.split=[1,0,0]"]
     assert train(out_dir, "moved", 1, *words, f"data.path={out_dir}/here", "train.steps=1") == 0
     assert train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=2") == 0
-    with IndexedDatasetWriter(out_dir / "there", 257) as writer:
-        writer.add_document(np.random.default_rng(1).integers(0, 200, 4801))
-    with pytest.raises(ConfigError, match="data content: was"):
-        train(out_dir, "moved", 1, *words, f"data.path={out_dir}/there", "train.steps=3")
+    raw = np.memmap(out_dir / "there.bin", dtype=np.uint16, mode="r+")
+    before = (out_dir / "there.bin").stat()
+    raw[1_000_000] ^= 1
+    raw.flush()
+    os.utime(out_dir / "there.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ConfigError, match=r"there\.bin holds other tokens than when step 2 was saved"):
+        train(out_dir, "moved", 2, *words, f"data.path={out_dir}/there", "train.steps=3")
+
+
+def one_rank_whose_data_is_cut(rank, world_size, words):
+    read, path = BatchReader.read, next(word for word in words if word.startswith("data.path="))[10:]
+
+    def cut_and_read(reader, consumed_samples):
+        if consumed_samples:
+            os.truncate(f"{path}.bin", 10)
+        return read(reader, consumed_samples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchReader, "read", cut_and_read)
+        return one_rank(rank, world_size, words)
+
+
+def test_data_that_is_cut_while_a_run_reads_it_ends_the_run_with_its_name(out_dir):
+    with IndexedDatasetWriter(out_dir / "cut", 257) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, 200, 4801))
+    words = [*SMALL, f"out_dir={out_dir}", "name=cut-run", f"data.path={out_dir}/cut", "data.tokenizer=bytes"]
+    words += ["data.split=[1,0,0]", "train.steps=50"]
+    with pytest.raises(CorruptDataError, match=r"cut\.bin ends at byte \d+, but had 9602 bytes") as caught:
+        run_ranks(1, one_rank_whose_data_is_cut, words, initialize=False)
+    assert caught.value.exit_code == 65
+    failed = status(out_dir, "cut-run")
+    assert failed["state"] == "failed"
+    assert "cut.bin ends at byte" in failed["reason"]
 
 
 @pytest.mark.parametrize(

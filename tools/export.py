@@ -85,7 +85,7 @@ def _export(arguments: argparse.Namespace, path: Path, manifest: "Manifest") -> 
     layout = {rule: (dtypes[rule], rule.shape(shapes)) for rule in rules}
     with temporary_directory(beside=arguments.output) as folder:
         write_weights(folder, layout, arguments.max_shard_size, load)
-        end = _write_tokenizer(arguments.run_dir, config, folder)
+        end = _write_tokenizer(arguments.run_dir, config, folder, manifest.state.get("tokenizer_sha256"))
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end)
         described = origin.get("config") or family.config_json(config.model) | ids
         if arguments.dtype or not origin:
@@ -132,8 +132,11 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write_tokenizer(run_dir: Path, config: "RunConfig", folder: Path) -> int | None:
-    """Writes what the run knows of its tokenizer; returns the token that ends a document, if that is known."""
+def _write_tokenizer(run_dir: Path, config: "RunConfig", folder: Path, digest: object) -> int | None:
+    """Writes what the run knows of its tokenizer; returns the token that ends a document, if that is known.
+
+    Raises ConfigError where the tokenizer's file is not that of the `digest`.
+    """
     from data.errors import CorruptDataError, DataPathError, TokenizerError
     from data.hugging_face_tokenizer import tokenizer_json
     from data.tokenizer import END_OF_DOCUMENT, TiktokenTokenizer, load_tokenizer
@@ -143,7 +146,7 @@ def _write_tokenizer(run_dir: Path, config: "RunConfig", folder: Path) -> int | 
 
     copy_others(run_dir, folder)
     try:
-        tokenizer = load_tokenizer(RunDirectory(run_dir).tokenizer(config.data, config.out_dir))
+        tokenizer = load_tokenizer(RunDirectory(run_dir).tokenizer(config.data, config.out_dir, digest))
     except (CorruptDataError, DataPathError, TokenizerError) as error:
         print(f"no tokenizer: {error}", file=sys.stderr)
         return None

@@ -5,9 +5,10 @@ import math
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
     from models.gpt import GPTModel
     from training.config import RunConfig
     from training.manifest import Manifest
@@ -33,8 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     from training.run_directory import RunDirectory
 
     _check(arguments)
-    config, model, origin = load_model(arguments.run_dir, arguments.step)
-    tokenizer = load_tokenizer(RunDirectory(arguments.run_dir).tokenizer(config.data, config.out_dir))
+    config, model, origin, state = load_model(arguments.run_dir, arguments.step)
+    digest = state.get("tokenizer_sha256")
+    tokenizer = load_tokenizer(RunDirectory(arguments.run_dir).tokenizer(config.data, config.out_dir, digest))
+    _warn_of_a_cut_file(tokenizer, config, state)
     prompt = tokenizer.encode(arguments.prompt) or [tokenizer.end_of_document]
     room = config.model.max_position_embeddings - len(prompt)
     if room < 1:
@@ -57,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
-    """The configuration, the whole model on this machine's device, and the checkpoint they are from.
+def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path, dict[str, Any]]":
+    """The configuration, the whole model on this machine's device, the checkpoint they are from, and its state.
 
     Raises ConfigError where there is no run, StorageError where its checkpoints are damaged.
     """
@@ -74,14 +77,28 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path]":
     # An empty environment: whatever launcher started this, it stays alone.
     with process_group(timedelta(minutes=1), {}) as process:
 
-        def load(path: Path, manifest: "Manifest") -> "tuple[RunConfig, GPTModel, Path]":
+        def load(path: Path, manifest: "Manifest") -> "tuple[RunConfig, GPTModel, Path, dict[str, Any]]":
             config = config_of(path, manifest)
             model = build_meta_model(config.model, torch.float32)
             allocate(model, process.device)
             load_checkpoint(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-            return config, model.eval(), path
+            return config, model.eval(), path, manifest.state
 
         return read_run(run_dir, step, load)
+
+
+def _warn_of_a_cut_file(tokenizer: "Tokenizer", config: "RunConfig", state: dict[str, Any]) -> None:
+    """Checkpoints of older versions do not know their tokenizer's file, and a vocabulary may be larger on purpose."""
+    from data.vocabulary import is_tokenizer_file
+
+    tokens, rows = tokenizer.vocab_size, config.model.vocabulary
+    known = not is_tokenizer_file(tokenizer.name) or bool({"tokenizer_sha256", "hugging_face"} & state.keys())
+    if tokens < rows and not known:
+        print(
+            f"{tokenizer.name} has {tokens} tokens, the model {rows}: unless the model was given more on purpose, the "
+            f"file was cut or replaced",
+            file=sys.stderr,
+        )
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the directory, whole or not at all. Raises ConfigError or HuggingFaceError."""
     import torch
 
-    from data.files import publish_directory, temporary_directory
+    from data.files import publish_directory, sha256_of, temporary_directory
     from models.families import open_directory
     from models.gpt import build_meta_model
     from models.hugging_face import copy_others
@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     shapes = logical_shapes(build_meta_model(config.model, torch.float32))
     weights = HuggingFaceWeights(source, shapes)
     origin = {"config": source.config, "base": weights.base, "repeats_head": weights.repeats_head}
+    tokenizer = source.path / "tokenizer.json"
     state = {"consumed_samples": 0, "consumed_tokens": 0, "config": asdict(config), "data": {}, "hugging_face": origin}
+    state["tokenizer_sha256"] = sha256_of(tokenizer) if tokenizer.is_file() else None
     with temporary_directory(beside=output) as folder:
         with process_group(timedelta(minutes=1), {}):
             # Views of mapped files, so that saving them holds one at a time.

@@ -18,7 +18,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--document-separator",
         type=_unescape,
         metavar="TEXT",
-        help=r"cut text files into documents here; \n stands for a line break, so '\n\n' cuts at blank lines",
+        help=r"cut text files into documents here; \n stands for a line break, \r\n too, so '\n\n' cuts at blank lines",
     )
 
 

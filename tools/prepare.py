@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from datetime import datetime
 from pathlib import Path
 
 from tools.inputs import add_input_arguments
@@ -22,10 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepares the data and says what it wrote. Raises DataPathError, TokenizerError or CorruptDataError."""
     from data.documents import read_documents
-    from data.preparation import prepare_documents
+    from data.preparation import left_behind, prepare_documents
 
     documents = read_documents(arguments.inputs, arguments.json_key, arguments.document_separator)
     output = Path(arguments.output)
+    for path, written in left_behind(output).items():
+        last = datetime.fromtimestamp(written).isoformat(" ", "seconds")
+        print(
+            f"{path} is of a preparation that runs now or was killed, and was last written to at {last}; remove it in "
+            f"the latter case",
+            file=sys.stderr,
+        )
     prepared = prepare_documents(documents, output, arguments.tokenizer, arguments.seed, _show_progress)
     metadata = prepared.metadata
     skipped = f" ({prepared.skipped:,} without text skipped)" if prepared.skipped else ""

@@ -1,9 +1,12 @@
 """Taking a run up again: which checkpoint is meant, whether it is of this very run, and going back to an older one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.files import write_whole
+from data.locations import data_prefix
+from data.splits import FILES
 from training.checkpoint import DIRECTORY, candidates
 from training.checkpoint_storage import set_aside, step_directories, step_name
 from training.config import RunConfig
@@ -76,9 +79,14 @@ def check_same_run(path: Path, manifest: Manifest, saved: RunConfig, config: Run
         )
     # A checkpoint knows its data by content, wherever that lies.
     differences = [line for line in difference(saved, config) if not line.startswith("data.path:")]
-    differences += [
-        f"data {key}: was {value}, now {data.get(key)}"
-        for key, value in state["data"].items()
-        if value != data.get(key)
-    ]
+    differences += _of_data(state["data"], data, data_prefix(config.data, config.out_dir), manifest.step)
     refuse_another_run(str(path), differences, config.name)
+
+
+def _of_data(saved: Mapping[str, Any], data: Mapping[str, Any], prefix: str, step: int) -> list[str]:
+    """In what the data under `prefix` differs from that of step `step`, which an older version described by less."""
+    changed = [key for key, value in saved.items() if value != data.get(key)]
+    files = [key for key in FILES if key in changed]
+    said = {*files, "content"} if files else set()
+    lines = [f"{prefix}.{key} holds other {FILES[key]} than when step {step} was saved" for key in files]
+    return lines + [f"data {key}: was {saved[key]}, now {data.get(key)}" for key in changed if key not in said]

@@ -183,10 +183,10 @@ def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | Non
     checkpoints are gone, or the one wanted is.
     """
     status, resume = directory.previous, config.checkpoint.resume
-    checkpoints, metrics = directory.path / DIRECTORY, directory.path / "metrics.jsonl"
+    checkpoints = directory.path / DIRECTORY
     # Going back, the checkpoint knows of which run it is, and the last start may have been another.
     going_back = what_to_resume(directory.path, resume) not in ("auto", "never")
-    if not checkpoints.exists() and not directory.saved_step and not (metrics.exists() and metrics.stat().st_size > 0):
+    if not directory.has_begun:
         return None
     saved = directory.saved_config()
     if saved is not None and not going_back:

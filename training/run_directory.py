@@ -19,8 +19,8 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from data.config import DataConfig
-from data.files import write_whole
-from data.vocabulary import find_tokenizer, tokenizer_files
+from data.files import is_there, write_whole
+from data.vocabulary import find_tokenizer, is_tokenizer_file, same_tokenizer, tokenizer_digest, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.metrics import last_attempt
@@ -118,16 +118,52 @@ class RunDirectory:
         self._environment |= facts
         write_atomically(self.path / "environment.json", _json(self._environment))
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether steps were taken here: checkpoints were made, or lines of metrics written."""
+        metrics = self.path / "metrics.jsonl"
+        return (
+            self.saved_step > 0
+            or (self.path / "checkpoints").exists()
+            or (metrics.exists() and metrics.stat().st_size > 0)
+        )
+
     def keep_tokenizer(self, tokenizer: str) -> None:
-        """Copies the data's tokenizer file here. Raises StorageError."""
-        for ending, content in tokenizer_files(tokenizer).items():
+        """Copies the file of the data's `tokenizer` here, if it is one. Once the run has begun, the copy stays.
+
+        Raises ConfigError where it is of another tokenizer, and StorageError.
+        """
+        kept = self._kept_tokenizer()
+        if kept is not None and self.has_begun:
+            if not same_tokenizer(str(kept), tokenizer):
+                raise ConfigError(
+                    f"{kept}, the tokenizer with which this run began, and {tokenizer}, which its data has now, "
+                    f"differ: restore the one that was changed, or choose another name, such as name={self.path.name}-2"
+                )
+            return
+        files = tokenizer_files(tokenizer) if is_tokenizer_file(tokenizer) else {}
+        for name in KEPT_TOKENIZERS:
+            (self.path / name).unlink(missing_ok=True)  # of a start that came to nothing
+        for ending, content in files.items():
             write_atomically(self.path / f"tokenizer{ending}", content)
 
-    def tokenizer(self, data: DataConfig, out_dir: str) -> str:
-        """The tokenizer as `load_tokenizer` takes it: the file kept here, else the one of the data. Raises
-        DataPathError or CorruptDataError."""
-        kept = [self.path / name for name in KEPT_TOKENIZERS if (self.path / name).is_file()]
-        return str(kept[0]) if kept else find_tokenizer(data, out_dir)
+    def tokenizer(self, data: DataConfig, out_dir: str, digest: object = None) -> str:
+        """The tokenizer as `load_tokenizer` takes it: the file kept here, else the one of the data.
+
+        Raises DataPathError, TokenizerError or CorruptDataError; and ConfigError where it is not the file of a
+        checkpoint's `digest` (SHA-256), if that says so.
+        """
+        kept = self._kept_tokenizer()
+        tokenizer = str(kept) if kept else find_tokenizer(data, out_dir)
+        if digest is not None and digest != tokenizer_digest(tokenizer):
+            raise ConfigError(
+                f"{tokenizer} is not the tokenizer's file with which the checkpoint was made (SHA-256 {digest}): it "
+                f"was cut or replaced; restore it"
+            )
+        return tokenizer
+
+    def _kept_tokenizer(self) -> Path | None:
+        return next((self.path / name for name in KEPT_TOKENIZERS if is_there(self.path / name)), None)
 
     def saved_config(self) -> dict[str, Any] | None:
         """The config.yaml of the last start, as plain values: what OmegaConf would resolve, such as `${oc.env:HOME}`,

@@ -18,7 +18,7 @@ from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.locations import data_prefix
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
-from data.vocabulary import find_tokenizer, is_tokenizer_file
+from data.vocabulary import find_tokenizer, tokenizer_digest
 from models.gpt import build_meta_model
 from parallel.initialization import allocate, materialize
 from parallel.mesh import ParallelMesh
@@ -249,20 +249,25 @@ class Trainer:
         if config.data.path is None:
             on_rank_zero(lambda: prepare_sample(config.data, config.out_dir))
 
-        def open_all() -> Splits:
-            return open_splits(config.data, config.out_dir, config.seed, config.seq_length, config.model.vocabulary)
+        def open_all(digests: dict[str, str] | None = None) -> Splits:
+            vocabulary = config.model.vocabulary
+            return open_splits(config.data, config.out_dir, config.seed, config.seq_length, vocabulary, digests)
 
-        # Rank 0 first: what is wrong with the data is then said once, by all ranks alike.
-        on_rank_zero(lambda: open_all() and None)
+        # Rank 0 first: what is wrong with the data is then said once, by all ranks alike; and it hashes for all.
+        digests = on_rank_zero(lambda: open_all().digests)
         wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
-        splits = open_all()
-        if self.recorder:
-            tokenizer = find_tokenizer(config.data, config.out_dir)
-            if is_tokenizer_file(tokenizer):
-                self.recorder.directory.keep_tokenizer(tokenizer)
+        splits = open_all(digests)
+        self.tokenizer_digest = on_rank_zero(self._keep_tokenizer)
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")
         return splits
+
+    def _keep_tokenizer(self) -> str | None:
+        """Keeps the data's tokenizer in the run directory; returns the digest of its file, if it is one."""
+        tokenizer = find_tokenizer(self.config.data, self.config.out_dir)
+        if self.recorder:
+            self.recorder.directory.keep_tokenizer(tokenizer)
+        return tokenizer_digest(tokenizer)
 
     def _record_compilation(self) -> None:
         if self.recorder:
@@ -380,6 +385,7 @@ class Trainer:
             "eval_loss": self.eval_loss if evaluated else None,
             "config": asdict(self.config),
             "data": self.splits.fingerprint,
+            "tokenizer_sha256": self.tokenizer_digest,
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "compiled_layers": self.compilation.layers,
             "torch": torch.__version__,

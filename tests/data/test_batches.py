@@ -1,5 +1,6 @@
 """A global batch is the same whatever ranks, micro-batches and threads share it."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_threads_read_one_batch_ahead(dataset: GPTDataset) -> None:
     assert indices[:8] == list(range(8))
     assert set(indices) <= set(range(12))
     assert not any(on_main for _, on_main in watched.read)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_is_cut_while_it_is_read_is_an_error_of_the_reader(
+    dataset: GPTDataset, tmp_path: Path, workers: int
+) -> None:
+    path = tmp_path / "x.bin"
+    reader = BatchReader(dataset, constantly(4), 2, 0, 1, workers)
+    reader.read(0)
+    os.truncate(path, 0)
+    with pytest.raises(CorruptDataError, match=f"{path} ends at byte"):
+        reader.read(40)  # rather than what was read ahead
+    reader.close()
 
 
 def test_no_threads_without_workers(dataset: GPTDataset) -> None:

@@ -1,5 +1,7 @@
 """Documents come out of text, JSON lines and folders; what cannot be read is named by file and line."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,45 @@ from data.documents import read_documents
 from data.errors import CorruptDataError, DataPathError
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document_with_its_own_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffone\r\n\r\ntwö".encode())
-    assert list(read_documents([path])) == ["one\n\ntwö"]
-    assert list(read_documents([path], separator="\n\n")) == ["one", "twö"]
+    path.write_bytes("\ufeffone\r\n\r\ntwö\rthree\n".encode())
+    assert list(read_documents([path])) == ["one\r\n\r\ntwö\rthree\n"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 1 << 20])
+def test_a_line_break_in_a_separator_is_of_either_kind(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.documents._CHUNK", chunk)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\r\n\r\nthree\n\r\n\nfour\r\r\n\n\r\n")
+    assert list(read_documents([path], separator="\n\n")) == ["one\r\ntwo", "three", "\nfour\r", "\r\n"]
+
+
+def test_a_separator_that_never_occurs_takes_time_that_grows_with_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40,000 chunks, of which each would be looked through together with all before it."""
+    monkeypatch.setattr("data.documents._CHUNK", 100)
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789" * 400_000)
+    begin = time.process_time()
+    (found,) = read_documents([path], separator="<never>")
+    assert len(found) == 4_000_000
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "line", [rb'{"text": "a\ud800b"}', rb'{"text": "\udc00\ud800"}', b'{"text": "a\xed\xa0\x80b"}']
+)
+def test_half_a_character_is_named_by_file_and_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(rb'{"text": "\ud83d\ude00"}' + b"\n" + line)
+    documents = read_documents([path])
+    assert next(documents) == "\U0001f600"
+    with pytest.raises(CorruptDataError, match=r"a\.jsonl:2: half of a surrogate pair.* at character [01] of .*'text'"):
+        next(documents)
 
 
 @settings(deadline=None)
@@ -43,6 +79,8 @@ def test_json_lines(tmp_path: Path) -> None:
         ("[1]", "a.jsonl:2: no text under 'text'; it is no object"),
         ('{"body": "x", "id": 1}', "a.jsonl:2: no text under 'text'; its keys are body, id; see --json-key"),
         ('{"text": 7}', "a.jsonl:2: no text under 'text'"),
+        ('{"text": "x", "text": "y"}', "a.jsonl:2: .*key 'text' is there twice"),
+        ('{"text": "x", "meta": {"id": 1, "id": 2}}', "a.jsonl:2: .*key 'id' is there twice"),
         (b'{"text": "\xff"}', "a.jsonl:2"),
     ],
 )
@@ -77,6 +115,14 @@ def test_missing_inputs_are_refused_before_anything_is_read(tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataPathError, match=r"empty holds no .txt or .jsonl file"):
         read_documents([tmp_path / "empty"])
+
+
+def test_what_is_no_file_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataPathError, match=r"pipe\.txt is a FIFO, no regular file"):
+        read_documents([tmp_path / "pipe.txt"])
+    with pytest.raises(DataPathError, match=r"/dev/null is a device"):
+        read_documents([Path("/dev/null")])
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:

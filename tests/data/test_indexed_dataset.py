@@ -1,5 +1,6 @@
 """The `.bin`/`.idx` format: read by a reader that shares no code, and refused in every broken form."""
 
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_every_integer_type_is_read(tmp_path: Path, code: int) -> None:
     assert documents_of(IndexedDataset(store(tmp_path / "x", index, stream))) == [[1], [2, 3, 100]]
 
 
+def test_an_index_that_is_checked_in_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_bytes([2, 1, 3, 0, 1], [0, 0, 2, 2, 4, 5, 5])
+    prefix = store(tmp_path / "x", index, np.arange(7, dtype="<u2").tobytes())
+    whole = IndexedDataset(prefix).document_starts
+    for at_once in (1, 2, 3):
+        monkeypatch.setattr("data.indexed_dataset._CHECKED_AT_ONCE", at_once)
+        assert IndexedDataset(prefix).document_starts.tolist() == whole.tolist() == [0, 0, 3, 3, 6, 7, 7]
+
+
 def test_older_corpora_of_several_sequences_a_document_and_empty_documents(tmp_path: Path) -> None:
     index = index_bytes([2, 1, 3, 0, 1], [0, 0, 2, 2, 5, 5])
     dataset = IndexedDataset(store(tmp_path / "x", index, np.arange(7, dtype="<u2").tobytes()))
@@ -108,6 +118,29 @@ def test_damage_is_refused_at_opening(tmp_path: Path, index: bytes, message: str
         IndexedDataset(store(tmp_path / "x", index, bytes(6)))
     assert str(tmp_path / "x") in str(caught.value)
     assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_files_that_are_cut_while_they_are_in_use_are_named(tmp_path: Path, suffix: str) -> None:
+    """A mapped file would end the process."""
+    index = index_bytes([50_000] * 2, [0, 1, 2])
+    dataset = IndexedDataset(store(tmp_path / "x", index, bytes(200_000)))
+    os.truncate(tmp_path / f"x.{suffix}", 10)
+    with pytest.raises(
+        CorruptDataError, match=rf"{tmp_path}/x\.{suffix} ends at byte \d+, but had \d+ bytes"
+    ) as caught:
+        dataset.tokens(90_000, 90_010) if suffix == "bin" else dataset.document_starts
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_what_is_no_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    store(tmp_path / "x", index_bytes([3], [0, 1]), bytes(6))
+    for make, kind in ((os.mkfifo, "FIFO"), (os.mkdir, "directory")):
+        (tmp_path / f"x.{suffix}").rename(tmp_path / f"{kind}.old")
+        make(tmp_path / f"x.{suffix}")
+        with pytest.raises(DataPathError, match=rf"x\.{suffix} is a {kind}, no regular file"):
+            IndexedDataset(tmp_path / "x")
 
 
 @pytest.mark.parametrize("lost", ["bin", "idx"])

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from data.documents import read_documents
 from data.errors import CorruptDataError, DataPathError, TokenizerError
 from data.indexed_dataset import IndexedDataset
-from data.preparation import prepare_documents
+from data.preparation import left_behind, prepare_documents
 from data.tokenizer import load_tokenizer, save_tiktoken, train_tokenizer
 from tests.data.independent_reader import read_independently
 
@@ -106,6 +109,34 @@ def test_a_failure_leaves_nothing_and_spoils_nothing(
         prepare_documents(read_documents([tmp_path / name]), tmp_path / "out" / "a", tokenizer, seed=0)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert len(before) == 3
+
+
+def test_what_killed_preparations_left_is_found_with_its_time(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x")
+    code = "import os; from data.preparation import left_behind, prepare_documents as p; from pathlib import Path\n"
+    code += f"p((os._exit(9) for _ in [0]), Path({str(tmp_path / 'a')!r}), 'bytes', 0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    (folder,) = tmp_path.glob(".a.*.tmp")
+    os.utime(folder, (5, 5))
+    for file in folder.iterdir():
+        os.utime(file, (7, 7))
+    names = ["bin", "idx", "meta.json", "tiktoken", "tokenizer.json", "tokenizer_config.json"]
+    files = [tmp_path / f".a.{name}.0123456789ab.tmp" for name in names]
+    others = [
+        ".b.0123456789ab.tmp",
+        ".a.v2.0123456789ab.tmp",
+        ".a.0123.tmp",
+        "a.0123456789ab.tmp",
+        ".a.0123456789ab.tmp.x",
+    ]
+    for path in (*files, *(tmp_path / name for name in others)):
+        path.touch()
+    found = left_behind(tmp_path / "a")
+    assert found.keys() == {folder, *files}
+    assert found[folder] == 7
+    assert left_behind(tmp_path / "nowhere" / "a") == {}
+    prepare_documents(TEXTS, tmp_path / "a", "bytes", seed=0)
+    assert left_behind(tmp_path / "a").keys() == {folder, *files}, "it may be another's that runs now"
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3])

@@ -1,15 +1,20 @@
 """Splits cut by document, explain what is absent, and carry a fingerprint of the data."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from data import splits as splits_module
 from data.config import DataConfig
 from data.errors import CorruptDataError, DataPathError
 from data.indexed_dataset import IndexedDataset
 from data.preparation import prepare_documents
-from data.splits import Splits, open_splits
+from data.splits import FILES, Splits, open_splits
 
 
 @pytest.fixture
@@ -71,14 +76,96 @@ def test_fingerprint_tells_data_apart_but_not_places(prefix: str, tmp_path: Path
 
 
 def test_large_files_are_fingerprinted_at_both_ends(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `content`, which checkpoints of older versions hold alone."""
     monkeypatch.setattr("data.splits._FINGERPRINTED", 16)
+    Path(f"{prefix}.meta.json").unlink()
     first = opened(prefix).fingerprint
-    stream = bytearray(Path(f"{prefix}.bin").read_bytes())
-    for place in (0, len(stream) - 2):
-        changed = bytearray(stream)
-        changed[place] ^= 1
-        Path(f"{prefix}.bin").write_bytes(changed)
-        assert opened(prefix).fingerprint != first
+    size = Path(f"{prefix}.bin").stat().st_size
+    for place in (0, size - 2):
+        with changed(f"{prefix}.bin", place):
+            assert opened(prefix).fingerprint["content"] != first["content"]
+    with changed(f"{prefix}.bin", size // 2):
+        assert opened(prefix).fingerprint["content"] == first["content"]
+
+
+def flip(path: str, place: int) -> None:
+    """Changes a bit of a file, which keeps its length and time."""
+    status = Path(path).stat()
+    content = bytearray(Path(path).read_bytes())
+    content[place] ^= 1
+    Path(path).write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextmanager
+def changed(path: str, place: int) -> Iterator[None]:
+    flip(path, place)
+    yield
+    flip(path, place)
+
+
+def test_every_byte_of_each_file_is_in_the_fingerprint(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.splits._FINGERPRINTED", 16)
+    monkeypatch.setattr("data.splits._BLOCK", 8)
+    Path(f"{prefix}.meta.json").unlink()
+    first = opened(prefix).fingerprint
+    for place in (0, 101, 811, Path(f"{prefix}.bin").stat().st_size - 1):
+        with changed(f"{prefix}.bin", place):
+            found = opened(prefix).fingerprint
+        assert [key for key in FILES if found[key] != first[key]] == ["bin"]
+    Path(f"{prefix}.idx").write_bytes(Path(f"{prefix}.idx").read_bytes() + b"\0")
+    found = opened(prefix).fingerprint
+    assert [key for key in FILES if found[key] != first[key]] == ["idx"]
+
+
+def test_of_files_beyond_a_gibibyte_blocks_are_hashed(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Path(f"{prefix}.bin").stat().st_size
+    monkeypatch.setattr("data.splits._BLOCK", 8)
+    monkeypatch.setattr("data.splits._BLOCKS", 10)
+    starts = list(splits_module._block_starts(size))
+    assert (starts[0], starts[-1], len(starts)) == (0, size - 8, 10)
+    steps = {after - before for before, after in pairwise(starts)}
+    assert max(steps) - min(steps) <= 1
+    first = opened(prefix).fingerprint["bin"]
+    for place in (0, starts[4], starts[4] + 7, size - 1, starts[4] + 8):
+        with changed(f"{prefix}.bin", place):
+            assert (opened(prefix).fingerprint["bin"] == first) == (place == starts[4] + 8)
+
+
+def test_blocks_reach_from_end_to_end_of_a_file_of_any_size() -> None:
+    block = splits_module._BLOCK
+    for size in (0, 1, block, block + 1, 256 * block, 256 * block + 1, 2**40):
+        starts = splits_module._block_starts(size)
+        assert len(starts) <= 256
+        if size:
+            assert (starts[0], min(starts[-1] + block, size)) == (0, size)
+        if size <= 256 * block:
+            assert all(after - before <= block for before, after in pairwise(starts))
+
+
+def test_what_another_rank_has_hashed_is_not_hashed_again(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(prefix)
+    monkeypatch.setattr(splits_module, "_file_digest", None)
+    again = open_splits(DataConfig(path=prefix), "out", 1, 10, 257, first.digests)
+    assert again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_a_file_that_is_not_the_one_that_was_prepared_is_named(prefix: str, suffix: str) -> None:
+    opened(prefix)
+    if suffix == "bin":
+        flip(f"{prefix}.bin", 700)
+    else:
+        Path(f"{prefix}.idx").write_bytes(Path(f"{prefix}.idx").read_bytes() + b"\0")  # as multimodal data has
+    with pytest.raises(CorruptDataError, match=rf"{prefix}\.{suffix} is not what was prepared: .*SHA-256"):
+        opened(prefix)
+
+
+def test_metadata_that_is_a_fifo_is_refused_at_once(prefix: str) -> None:
+    Path(f"{prefix}.meta.json").unlink()
+    os.mkfifo(f"{prefix}.meta.json")
+    with pytest.raises(DataPathError, match=r"meta\.json is a FIFO, no regular file"):
+        opened(prefix)
 
 
 def test_metadata_of_other_data_is_refused(prefix: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,39 @@ def test_data_moves_together_with_its_tokenizer(small: str, tmp_path: Path) -> N
     assert load_tokenizer(moved).encode("small text") == load_tokenizer(small).encode("small text")
 
 
+@pytest.mark.parametrize("change", ["cut", "replaced", "gone"])
+def test_a_file_beside_the_data_that_is_not_its_tokenizer_is_refused(small: str, tmp_path: Path, change: str) -> None:
+    prepare_documents(TEXTS, tmp_path / "bpe", small, seed=0)
+    path, config = tmp_path / "bpe.tiktoken", DataConfig(path=str(tmp_path / "bpe"))
+    assert find_tokenizer(config, "out") == str(path)
+    if change == "cut":
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    elif change == "replaced":
+        save_tiktoken(path, train_tokenizer(["quite different"], 262))
+    else:
+        path.unlink()
+    said = "no tokenizer file" if change == "gone" else f"is not the file with which {tmp_path}/bpe was prepared"
+    with pytest.raises(TokenizerError, match=said):
+        find_tokenizer(config, "out")
+
+
+def test_files_that_are_fifos_are_refused_at_once(small: str, tmp_path: Path) -> None:
+    for name in ("pipe.tiktoken", "pipe.json"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataPathError, match=f"{name} is a FIFO, no regular file"):
+            vocabulary(corpus="sample", tokenizer=str(tmp_path / name))
+        with pytest.raises(DataPathError, match=f"{name} is a FIFO, no regular file"):
+            load_tokenizer(str(tmp_path / name))
+    prepare_documents(TEXTS, tmp_path / "bpe", small, seed=0)
+    for ending in (".tiktoken", ".meta.json"):
+        Path(f"{tmp_path}/bpe{ending}").unlink()
+        os.mkfifo(f"{tmp_path}/bpe{ending}")
+        with pytest.raises(DataPathError, match=f"bpe{ending} is a FIFO, no regular file"):
+            find_tokenizer(DataConfig(path=str(tmp_path / "bpe")), "out")
+    with pytest.raises(DataPathError, match=r"bpe\.meta\.json is a FIFO"):
+        vocabulary(path=str(tmp_path / "bpe"))
+
+
 def test_a_file_counts_its_own_tokens(small: str) -> None:
     found = vocabulary(corpus="sample", tokenizer=small)
     loaded = load_tokenizer(small)
@@ -124,6 +158,8 @@ def test_a_tokenizer_that_contradicts_the_data_is_refused(prefix: str, small: st
         ({"format": 2}, "format: expected 1, found 2"),
         ({"vocab_size": "257"}, "wrong type"),
         ({"tokenizer": None}, "wrong type"),
+        ({"sha256": {"bin": "x"}}, "KeyError"),
+        ({"sha256": {"bin": "x", "idx": 3}}, "wrong type"),
     ],
 )
 def test_damaged_metadata_is_refused(prefix: str, change: dict[str, object], message: str) -> None:
@@ -133,7 +169,7 @@ def test_damaged_metadata_is_refused(prefix: str, change: dict[str, object], mes
         vocabulary(path=prefix)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 1}', "7"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 1}', "7", "[" * 100_000])
 def test_foreign_metadata_is_refused(prefix: str, content: str) -> None:
     Path(f"{prefix}.meta.json").write_text(content)
     with pytest.raises(CorruptDataError, match=r"meta.json is not what `kilotron prepare` writes"):

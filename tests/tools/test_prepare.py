@@ -1,5 +1,6 @@
 """`kilotron prepare` from its command line to bytes that an independent reader understands."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def test_few_documents_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFix
         ("b.txt", "bytes", 78, "nearest:"),
         ("a.txt", "gpt3", 78, "did you mean gpt2"),
         ("bad.jsonl", "bytes", 65, "bad.jsonl:1"),
+        ("half.jsonl", "bytes", 65, "half.jsonl:2: half of a surrogate pair"),
+        ("twice.jsonl", "bytes", 65, "twice.jsonl:1: not a JSON object a line: key 'text' is there twice"),
+        ("pipe", "bytes", 78, "pipe is a FIFO, no regular file"),
     ],
 )
 def test_errors_end_with_their_exit_code(
@@ -46,10 +50,26 @@ def test_errors_end_with_their_exit_code(
 ) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "half.jsonl").write_text('{"text": "x"}\n{"text": "\\ud800"}')
+    (tmp_path / "twice.jsonl").write_text('{"text": "x", "text": "y"}')
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
     arguments = ["prepare", str(tmp_path / name), "--output", str(tmp_path / "x"), "--tokenizer", tokenizer]
     assert main(arguments) == code
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ")
     assert message in shown.err
     assert shown.out == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "bad.jsonl"]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_preparation_left_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one\r\n")
+    left = tmp_path / ".x.0123456789ab.tmp"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    assert main(["prepare", str(tmp_path / "a.txt"), "--output", str(tmp_path / "x"), "--tokenizer", "bytes"]) == 0
+    said = capsys.readouterr().err
+    assert f"{left} is of a preparation that runs now or was killed, and was last written to at 19" in said
+    assert left.exists()
+    assert read_independently(tmp_path / "x") == [[*b"one\r\n", 256]]

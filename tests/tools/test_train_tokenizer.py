@@ -38,8 +38,13 @@ def test_errors_exit_78(
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_bad_line_met_while_training_exits_65(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n{')
+@pytest.mark.parametrize(
+    ("line", "said"), [("{", "not a JSON object"), ('{"text": "a cat \\ud800"}', "half of a surrogate pair")]
+)
+def test_a_bad_line_met_while_training_exits_65(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "the cat"}}\n{line}')
     arguments = ["train-tokenizer", str(tmp_path / "a.jsonl"), "--vocab-size", "258", "--output"]
     assert main([*arguments, str(tmp_path / "x.tiktoken")]) == 65
-    assert "a.jsonl:2: not a JSON object" in capsys.readouterr().err
+    assert f"a.jsonl:2: {said}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ import torch
 from safetensors import safe_open
 
 import pretrain_gpt
+from data.config import DataConfig
 from parallel.local_ranks import run_ranks
+from training.config import RunConfig
 from training.errors import ConfigError, StorageError
+from training.manifest import Manifest, TensorEntry
+from training.resume import check_same_run
 
 # 32 tokens a sample: steps 1 to 3 take 4 samples and step 4, the first at or after 300 tokens, 8.
 WORDS = ["model=tiny", "model.num_layers=2", "data=sample", "data.tokenizer=bytes", "data.seq_length=32",
@@ -237,6 +242,31 @@ def test_a_start_that_is_refused_leaves_no_directory(out_dir):
     with pytest.raises(StorageError, match=r"no checkpoint of step 3 in .*nowhere/checkpoints; nor of any other step"):
         train(out_dir, "nowhere", 2, "checkpoint.resume=3")
     assert not (out_dir / "nowhere").exists()
+
+
+def test_a_checkpoint_that_knows_less_of_its_data_is_compared_by_what_it_knows():
+    config = RunConfig(data=DataConfig(path="/x/y"))
+    tensors = {"optimizer.step": TensorEntry("F32", (), ())}
+    now = {"documents": 3, "tokens": 9, "content": "c", "bin": "b", "idx": "i"}
+
+    def check(**saved):
+        state = {"consumed_samples": 8, "data": saved}
+        check_same_run(Path("step"), Manifest(7, state, {}, tensors), config, config, now)
+
+    check(documents=3, tokens=9, content="c")
+    check(**now)
+    for saved, lines in [
+        ({"documents": 3, "content": "d"}, ["data content: was d, now c"]),
+        (now | {"bin": "a", "content": "d"}, ["/x/y.bin holds other tokens than when step 7 was saved"]),
+        (now | {"bin": "a"}, ["/x/y.bin holds other tokens than when step 7 was saved"]),
+        (
+            now | {"idx": "h", "documents": 4},
+            ["/x/y.idx holds other documents than when step 7 was saved", "data documents: was 4, now 3"],
+        ),
+    ]:
+        with pytest.raises(ConfigError, match="is of another run") as caught:
+            check(**saved)
+        assert str(caught.value).splitlines()[1:] == [f"  {line}" for line in lines]
 
 
 @pytest.mark.faults

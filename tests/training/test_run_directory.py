@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
+from data.errors import DataPathError
+from data.files import sha256_of
+from data.tokenizer import save_tiktoken, train_tokenizer
 from training import run_directory
 from training.config import OptimizerConfig, RunConfig
 from training.errors import ConfigError, RunDirectoryError, StorageError
@@ -175,6 +178,84 @@ def test_aliases_and_devices_take_no_memory(tmp_path: Path):
             os.mkfifo(content)
         with pytest.raises(StorageError, match="no regular file"):
             RunDirectory(tmp_path).saved_config()
+
+
+def begun(path: Path) -> RunDirectory:
+    path.mkdir(exist_ok=True)
+    (path / "metrics.jsonl").write_text('{"step": 1, "attempt": 0}\n')
+    return RunDirectory(path)
+
+
+def small_tokenizer(path: Path, text: str, tokens: int = 262) -> str:
+    save_tiktoken(path, train_tokenizer([text], tokens))
+    return str(path)
+
+
+def test_the_first_copy_of_a_tokenizer_stays_once_the_run_has_begun(tmp_path: Path):
+    first, other = (
+        small_tokenizer(tmp_path / f"{text[:5]}.tiktoken", text)
+        for text in ("small small text", "quite, quite different")
+    )
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    for tokenizer in (other, first, first):
+        directory.keep_tokenizer(tokenizer)  # nothing has been trained with it yet
+    kept = directory.path / "tokenizer.tiktoken"
+    assert kept.read_bytes() == Path(first).read_bytes()
+    directory = begun(directory.path)
+    directory.keep_tokenizer(first)
+    for tokenizer in (other, "bytes"):
+        with pytest.raises(ConfigError, match=rf"{kept}, .*{tokenizer}, .* differ: restore .*name=run-2") as caught:
+            directory.keep_tokenizer(tokenizer)
+        assert caught.value.exit_code == 78
+    assert kept.read_bytes() == Path(first).read_bytes()
+    kept.write_bytes(kept.read_bytes()[:-5])
+    with pytest.raises(ConfigError, match="differ"):
+        directory.keep_tokenizer(first)
+    kept.unlink()
+    directory.keep_tokenizer(first)
+    assert kept.read_bytes() == Path(first).read_bytes()
+
+
+def test_a_tokenizer_of_a_start_that_came_to_nothing_is_not_the_runs(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.keep_tokenizer(small_tokenizer(tmp_path / "x.tiktoken", "small small text"))
+    directory.keep_tokenizer("bytes")
+    assert directory.tokenizer(DataConfig(tokenizer="bytes"), "out") == "bytes"
+
+
+def test_of_a_tokenizer_json_the_end_of_a_document_counts_too(tmp_path: Path):
+    vocabulary = {"model": {"vocab": {"a": 0, "</s>": 1, "<s>": 2}}}
+    source, companion = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    source.write_text(json.dumps(vocabulary))
+    companion.write_text('{"eos_token": "</s>"}')
+    directory = begun(tmp_path / "run")
+    directory.keep_tokenizer(str(source))
+    companion.write_text('{"eos_token": "</s>", "chat_template": "x"}')
+    directory.keep_tokenizer(str(source))
+    assert (directory.path / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
+    companion.write_text('{"eos_token": "<s>"}')
+    with pytest.raises(ConfigError, match=r"tokenizer\.json, .* differ"):
+        directory.keep_tokenizer(str(source))
+
+
+def test_the_kept_tokenizer_is_the_one_that_a_checkpoint_names(tmp_path: Path):
+    first = small_tokenizer(tmp_path / "x.tiktoken", "small small text")
+    directory, data = begun(tmp_path / "run"), DataConfig(tokenizer=first)
+    directory.keep_tokenizer(first)
+    kept, digest = directory.path / "tokenizer.tiktoken", sha256_of(Path(first))
+    for known in (digest, None):
+        assert directory.tokenizer(data, "out", known) == str(kept)
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match=rf"{kept} is not the tokenizer's file .*{digest}.* restore it"):
+        directory.tokenizer(data, "out", digest)
+    assert directory.tokenizer(data, "out") == str(kept), "an older checkpoint does not know"
+    kept.unlink()
+    assert directory.tokenizer(data, "out", digest) == first
+    os.mkfifo(kept)
+    with pytest.raises(DataPathError, match=r"tokenizer\.tiktoken is a FIFO"):
+        directory.tokenizer(data, "out", digest)
 
 
 def test_a_crash_while_writing_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
