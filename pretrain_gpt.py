@@ -7,13 +7,14 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from training.compose import compose, compose_sweep, resolve, to_yaml
 from training.config import RunConfig
 from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError
 from training.help import help_page
 from training.overrides import read_command_line
+from training.streams import flush_streams, open_missing_streams, tell
 from training.summary import summary
 
 
@@ -58,7 +59,7 @@ def sweep(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
         resolve(compose(run), environment)
     codes = []
     for number, run in enumerate(runs, start=1):
-        say(f"run {number}/{len(runs)}: {' '.join(run)}", environment)
+        tell(f"run {number}/{len(runs)}: {' '.join(run)}", sys.stdout)
         codes.append(subprocess.run([sys.executable, __file__, *run], check=False).returncode)
     return next((code for code in codes if code != 0), 0)
 
@@ -84,17 +85,18 @@ def require_ranks(config: RunConfig, environment: Mapping[str, str]) -> None:
         )
 
 
-def say(text: str, environment: Mapping[str, str], file: TextIO | None = None) -> int:
-    """Prints on rank 0 only; returns the exit code of a process that has nothing more to do, 0 also where nobody reads
-    any more (`| head`)."""
+def say(text: str, environment: Mapping[str, str]) -> int:
+    """Prints what was asked for, on rank 0 only; returns the exit code of a process that has nothing more to do, 0 also
+    where nobody reads any more (`| head`). Raises OSError where it cannot be written."""
     if environment.get("RANK", "0") == "0":
         with suppress(BrokenPipeError):
-            print(text, file=file or sys.stdout, flush=True)
+            print(text, flush=True)
     return 0
 
 
 def run() -> int:
     """The process: prints what ends it, errors that a user can mend as one message; returns the exit code."""
+    open_missing_streams()
     try:
         return main(sys.argv[1:], os.environ)
     except KeyboardInterrupt:
@@ -104,18 +106,17 @@ def run() -> int:
     except BaseException as error:
         exit_code = getattr(error, "exit_code", 74 if isinstance(error, OSError) else None)
         if exit_code is None:
-            traceback.print_exc()
+            tell(traceback.format_exc().rstrip())
             return 1
-        say(f"error: {error}".replace("\n", "\n       "), os.environ, sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"error: {error}".replace("\n", "\n       "))
         return int(exit_code)
 
 
 def end(exit_code: int) -> NoReturn:
     """Ends the process without taking the interpreter down: threads of gloo that still want it would abort, and
     connections to ranks that have failed would be waited for."""
-    with suppress(OSError):  # whoever read our output has left
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_streams()
     os._exit(exit_code)
 
 

@@ -2,11 +2,11 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
+
+from training.streams import flush_streams, open_missing_streams, tell
 
 _STORAGE_FAILED = 74
 _INTERRUPTED = 130
@@ -20,6 +20,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one tool and returns its exit status. `arguments` default to the command line's."""
+    open_missing_streams()
+    try:
+        return _run_tool(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        flush_streams()
+
+
+def _run_tool(words: list[str]) -> int:
     tools = {
         "prepare": "turn text files or JSON lines into training data",
         "train-tokenizer": "train a vocabulary on text",
@@ -33,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "export": "write a run's model as a Hugging Face directory",
         "launch": "write, show and submit a batch script for SLURM",
     }
-    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(prog="kilotron", description="Tools around pretrain_gpt.py.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = None
@@ -50,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Options may stand between KEY=VALUE words; where -- ends them, what follows is left to the tool.
     parsed = (chosen.parse_args if "--" in words else chosen.parse_intermixed_args)(words[1:])
     try:
-        return int(run(parsed))
+        status = int(run(parsed))
+        # What cannot be written is this command's error, rather than one of the interpreter at its end.
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, the interpreter flushes it at its end
         return 0  # whoever reads has read enough
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -60,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code = getattr(error, "exit_code", _STORAGE_FAILED if isinstance(error, OSError) else None)
         if exit_code is None:
             raise
-        print(f"error: {error}".replace("\n", "\n       "), file=sys.stderr)
+        tell(f"error: {error}".replace("\n", "\n       "))
         return int(exit_code)
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of a run: found, verified by all ranks together, chosen, and loaded into any parallel layout."""
 
 import socket
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from training.manifest import (
     compare_sizes,
     read_manifest,
 )
+from training.streams import tell
 
 DIRECTORY = "checkpoints"
 AUTO_HASHES_UP_TO = 50 * 10**9
@@ -172,7 +172,7 @@ def _manifest_of(path: Path) -> Manifest:
 def _pass_over(damaged: list[tuple[Path, DamageError]], *, owned: bool) -> None:
     for path, error in damaged:
         fate = f"set aside as {set_aside(path, CORRUPT).name}" if owned else "passed over"
-        print(f"checkpoint {path.name} is damaged and {fate}: {error}", file=sys.stderr)
+        tell(f"checkpoint {path.name} is damaged and {fate}: {error}")
 
 
 def candidates(directory: Path, resume: str) -> list[Path]:

@@ -180,6 +180,7 @@ def save_checkpoint(
     Raises StorageError on every rank where storage fails on any, RuntimeError where anything else does; the checkpoints
     that stood before still stand then.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     saver = CheckpointSaver(run_dir, Retention(keep))
     saver.save(step, tensors, state)
     ended = saver.ended()

@@ -158,7 +158,8 @@ class CheckpointWriter:
         """
         encode_manifest(self._manifest)
         self._require_owner()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        # No parents: where the run directory has just been moved away, none is begun in its place.
+        self._directory.mkdir(exist_ok=True)
         tidy(self._directory)
         require_space(self._directory, size)
         self._temporary.mkdir()

@@ -132,7 +132,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write beside training, from a copy in host memory; false: training waits, and no copy is made."""
     max_failures: int = field(default=3, metadata={"min": 0})
-    """Saves in a row that may fail, a full disk say, before the run stops."""
+    """Saves in a row that may fail, a full disk say, before the run stops; one with which lines of metrics.jsonl or
+    samples.jsonl cannot be written counts as failed."""
     resume: str = "auto"
     """`auto` continues from the newest valid checkpoint, a step number from that one; `never` only starts anew."""
     drop_moments: bool = False

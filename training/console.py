@@ -1,16 +1,16 @@
 """What a person watching a run sees: a summary at the start, a line a logged step, a progress bar on a terminal."""
 
-import contextlib
 import math
 import statistics
 import sys
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from training.batch_schedule import either, parse_batch_schedule
 from training.config import RunConfig
 from training.metrics import EvaluationMetrics, StepMetrics
+from training.streams import LenientStream
 from training.summary import describe_stages
 
 if TYPE_CHECKING:
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Prints a run. For rank 0 only. Close it whatever happens (`contextlib.closing`): the bar hides the cursor."""
+    """Prints a run. For rank 0 only. Close it whatever happens (`contextlib.closing`): the bar hides the cursor.
+
+    A line that cannot be printed is left out, and the run goes on: its reader has left (`| head`), the disk that the
+    output goes to is full, or the stream is closed.
+    """
 
     def __init__(self, total_steps: int, interactive: bool, stream: TextIO | None = None) -> None:
         """`interactive` keeps a progress bar below the lines; `stream` is standard output where None."""
         self._total = total_steps
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = LenientStream(sys.stdout if stream is None else stream)
         self._recent_sample_ms: deque[float] = deque(maxlen=20)
         self._batches = parse_batch_schedule("0:1", 1)
         self._bar: Progress | None = _start_bar(total_steps, self._stream) if interactive else None
@@ -83,10 +87,9 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """Prints a line; where nobody reads any more (`| head`), the run goes on without."""
+        """Prints a line."""
         if self._bar is None:
-            with contextlib.suppress(BrokenPipeError):
-                print(text, file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
         else:
             self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -102,7 +105,7 @@ class Console:
             self._bar = None
 
 
-def _start_bar(total_steps: int, stream: TextIO) -> "Progress":
+def _start_bar(total_steps: int, stream: LenientStream) -> "Progress":
     # rich takes a tenth of a second to import: only a terminal pays for it.
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -111,7 +114,7 @@ def _start_bar(total_steps: int, stream: TextIO) -> "Progress":
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Terminal(file=stream, force_terminal=True),
+        console=Terminal(file=cast(TextIO, stream), force_terminal=True),
         transient=True,
         expand=True,
     )

@@ -2,16 +2,26 @@
 
 import json
 import math
+import sys
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from training.errors import StorageError
+from training.line_file import LineFile
+from training.ownership import Ownership
 
 TAIL_BYTES = 65_536
 """End of metrics.jsonl in which its last whole line is looked for."""
+LARGEST_COUNT = 2**62
+LARGEST_FLOAT = sys.float_info.max
+
+Place = tuple[int, bool]
+"""Of a line: its step, and whether it is of an evaluation after it."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +76,36 @@ class EvaluationMetrics:
 class MetricsLog:
     """Appends to the metrics.jsonl and samples.jsonl of a run directory. For rank 0 only.
 
-    All lines but the last survive a kill at any moment. Numbers that are not finite are written as null, as JSON knows
-    neither NaN nor infinity. Every method raises StorageError where it cannot write.
+    All lines but the last survive a kill at any moment. Lines that cannot be written wait in memory, as LineFile says.
+    Numbers that are not finite are written as null, as JSON knows neither NaN nor infinity. Methods that write raise
+    RunDirectoryError where the directory is another job's by now, or gone.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, require_owner: Callable[[], None] = lambda: None) -> None:
-        """Opens metrics.jsonl; `attempt` counts the starts in this directory before this one. `require_owner` is asked
-        before each line, and raises RunDirectoryError where the directory is another job's by now."""
-        self._run_dir = run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        attempt: int,
+        note: Callable[[str], None] = lambda _: None,
+        ownership: Ownership | None = None,
+    ) -> None:
+        """Opens metrics.jsonl, or raises StorageError; `attempt` counts the starts in this directory before this one.
+        `note` prints a line. `ownership` is asked before each line is written."""
         self._attempt = attempt
-        self._require_owner = require_owner
-        self._files = {"metrics.jsonl": _open(run_dir / "metrics.jsonl")}
+        self._ownership = ownership or Ownership(run_dir)
+        self._files = {
+            name: LineFile(run_dir / name, note, self._ownership.check) for name in ("metrics.jsonl", "samples.jsonl")
+        }
+        try:
+            self._files["metrics.jsonl"].open()
+        except OSError as error:
+            raise StorageError(
+                f"cannot append to {run_dir / 'metrics.jsonl'}: {error.strerror}; choose another out_dir or name"
+            ) from error
+
+    @property
+    def lost(self) -> int:
+        """Lines for which there was no room in memory either."""
+        return sum(file.lost for file in self._files.values())
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Appends a training step."""
@@ -88,46 +117,82 @@ class MetricsLog:
 
     def log_samples(self, step: int, samples: Sequence[Sequence[int]], crc: int) -> None:
         """Appends what a step was fed: (dataset, epoch, window) a sample, in global order, and its tokens' crc32."""
-        if "samples.jsonl" not in self._files:
-            self._files["samples.jsonl"] = _open(self._run_dir / "samples.jsonl")
         self._append("samples.jsonl", step, {"samples": samples, "crc": crc})
+
+    def retry(self) -> int:
+        """Tries to write the lines that wait; returns how many still do."""
+        for file in self._files.values():
+            file.write()
+        return sum(file.waiting for file in self._files.values())
+
+    def close(self) -> None:
+        """Closes both files. Raises StorageError where lines are lost."""
+        said = [file.close() for file in self._files.values()]
+        if any(said):
+            raise StorageError("\n".join(filter(None, said)))
 
     def _append(self, name: str, step: int, values: dict[str, Any]) -> None:
         record = {"step": step, "attempt": self._attempt} | values
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = None
-        self._require_owner()
-        with _appending_to(self._run_dir / name):
-            self._files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._files[name].flush()
-
-    def close(self) -> None:
-        """Closes both files."""
-        for name, file in self._files.items():
-            with _appending_to(self._run_dir / name):
-                file.close()
+        self._ownership.check_after_a_pause()
+        self._files[name].append(json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
-@contextmanager
-def _appending_to(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot append to {path}: {error.strerror}; free space there or choose another out_dir"
-        ) from error
+@dataclass(frozen=True)
+class Series:
+    """A number by steps that ascend, eight bytes each."""
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+    """NaN where it is not known."""
+
+    def leave(self, step: int) -> None:
+        """Forgets what came from `step` on."""
+        if self.steps and self.steps[-1] >= step:
+            first = bisect_left(self.steps, step)
+            del self.steps[first:], self.values[first:]
+
+    def append(self, step: int, value: object) -> None:
+        """Adds what a line says, which may be no number."""
+        self.steps.append(step)
+        is_number = type(value) in (int, float) and abs(value) <= LARGEST_FLOAT  # type: ignore[arg-type]
+        self.values.append(value if is_number else math.nan)  # type: ignore[arg-type]
+
+    def finite(self) -> "Series":
+        """Where the number is known and finite."""
+        if all(map(math.isfinite, self.values)):
+            return self
+        known = [place for place, value in enumerate(self.values) if math.isfinite(value)]
+        return Series(array("q", [self.steps[n] for n in known]), array("d", [self.values[n] for n in known]))
 
 
-def _open(path: Path) -> BinaryIO:
-    with _appending_to(path):
-        file = path.open("a+b")
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                # A killed writer left half a line: end it, or the next line would be lost with it.
-                file.write(b"\n")
-        return file
+@dataclass(frozen=True)
+class Curves:
+    """What a picture and a summary need of a metrics.jsonl, of which a long run has a million lines."""
+
+    training: Series
+    """Losses of training steps."""
+    validation: Series
+    """Losses of evaluations."""
+    tokens: Series
+    """Consumed tokens by training step."""
+
+
+def read_curves(path: Path) -> Curves:
+    """What `read_metrics` finds in a metrics.jsonl, of which nothing is kept but the numbers that are drawn."""
+    curves = Curves(Series(), Series(), Series())
+    for (step, is_evaluation), record in _lines(path):
+        curves.validation.leave(step)
+        for series in (curves.training, curves.tokens):
+            series.leave(step + is_evaluation)
+        if is_evaluation:
+            curves.validation.append(step, record["eval_loss"])
+        else:
+            curves.training.append(step, record.get("loss"))
+            curves.tokens.append(step, record.get("consumed_tokens"))
+    return curves
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -135,23 +200,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Where lines go back in steps the run did, and what it had logged from there on was abandoned. A line of an earlier
     start among those of a later one is of a process that did not know yet that it had been succeeded: it is skipped. So
-    is a torn line; a file that does not exist is empty.
+    is a torn or foreign line; a file that does not exist is empty.
     """
-    if not path.exists():
-        return []
-    kept: list[tuple[tuple[int, bool], dict[str, Any]]] = []
+    kept: list[tuple[Place, dict[str, Any]]] = []
+    for place, record in _lines(path):
+        while kept and kept[-1][0] >= place:
+            kept.pop()
+        kept.append((place, record))
+    return [record for _, record in kept]
+
+
+def _lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The lines of a file in their order, but for those that `read_metrics` skips."""
     latest = 0
-    with path.open("rb") as lines:
+    with suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as lines:
         for line in lines:
             record = _record(line)
-            if record is None or record["attempt"] < latest:
-                continue
-            latest = record["attempt"]
-            place = record["step"], "eval_loss" in record
-            while kept and kept[-1][0] >= place:
-                kept.pop()
-            kept.append((place, record))
-    return [record for _, record in kept]
+            if record is not None and record["attempt"] >= latest:
+                latest = record["attempt"]
+                yield (record["step"], "eval_loss" in record), record
 
 
 def last_attempt(path: Path) -> int:
@@ -165,12 +232,17 @@ def last_attempt(path: Path) -> int:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line says, with the numbers `step` and `attempt`; None for one that is torn or of something else."""
+    """What a line says, with the counts `step` and `attempt`; None for one that is torn or of something else."""
     try:
         record = json.loads(line)
     except (RecursionError, ValueError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict):
         return None
     record.setdefault("attempt", 0)
-    return record if isinstance(record["attempt"], int) else None
+    return record if is_count(record.get("step")) and is_count(record["attempt"]) else None
+
+
+def is_count(value: object) -> bool:
+    """Whether what a JSON file says is a number of steps, starts or the like."""
+    return type(value) is int and 0 <= value <= LARGEST_COUNT

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from training.errors import RunDirectoryError
 from training.heartbeat import process_start
+from training.streams import tell
 
 SECONDS_BETWEEN_BEATS = 10.0
 LONGEST_BETWEEN_BEATS = 1.5 * SECONDS_BETWEEN_BEATS
@@ -55,10 +55,12 @@ class Ownership:
 
     def __init__(self, folder: Path) -> None:
         self.lost = False
-        """Whether another process has the directory by now, as far as the last beat saw."""
+        """Whether another process has the directory by now, or it is gone, as far as the last beat saw."""
         self._folder = folder
         self._last_beat = -math.inf
         self._number: int | None = None
+        self._written = ""
+        """What this process wrote into its lock file."""
         self._released = threading.Event()
 
     def take(self) -> None:
@@ -69,10 +71,10 @@ class Ownership:
         while self._number is None:
             newest = _newest(self._folder)
             gone = _last_owner(self._folder, newest) if newest else None
-            path = _lock(self._folder, newest + 1)
+            path, self._written = _lock(self._folder, newest + 1), json.dumps(asdict(_this_process()))
             with suppress(FileExistsError):
                 with path.open("x", encoding="utf-8") as file:
-                    json.dump(asdict(_this_process()), file)
+                    file.write(self._written)
                 # Others may have come and gone since we looked, or a network file system have shown too little.
                 if _newest(self._folder) == newest + 1:
                     self._number, self._last_beat = newest + 1, _clock()
@@ -82,22 +84,29 @@ class Ownership:
             if older < self._number:
                 _lock(self._folder, older).unlink(missing_ok=True)
         if gone is not None:
-            print(f"{self._folder} is taken over from {gone}, which is gone", file=sys.stderr, flush=True)
+            tell(f"{self._folder} is taken over from {gone}, which is gone")
         threading.Thread(target=self._beat_until_released, name="owning", daemon=True).start()
 
     def check(self) -> None:
-        """Raises RunDirectoryError where another process has taken over what this one owned. One touch of a file."""
+        """Raises RunDirectoryError where another process has taken over what this one owned, or the folder was removed
+        or moved. One look at a file and a touch."""
         if self._number is None or self._released.is_set():
             return
         self._beat()
-        if self.lost:
-            newest = _newest(self._folder)
-            owner = _parse(_look(_lock(self._folder, newest))[0]) or "another process"
-            why = f"{owner} took it over, having seen no sign of life" if newest else "its lock file was removed"
+        if not self.lost:
+            return
+        if not self._folder.is_dir():
             raise RunDirectoryError(
-                f"{self._folder} is no longer this run's: {why}; this run ends, and its checkpoints are left to that "
-                f"one; choose another name, such as name={self._folder.name}-2, to have both"
+                f"{self._folder} was removed or moved while this run went on, which ends it; a run that was moved goes "
+                "on where out_dir and name say its new place"
             )
+        newest = _newest(self._folder)
+        owner = _parse(_look(_lock(self._folder, newest))[0]) or "another process"
+        why = f"{owner} took it over, having seen no sign of life" if newest else "its lock file was removed"
+        raise RunDirectoryError(
+            f"{self._folder} is no longer this run's: {why}; this run ends, and its checkpoints are left to that one; "
+            f"choose another name, such as name={self._folder.name}-2, to have both"
+        )
 
     def check_after_a_pause(self) -> None:
         """What `check` does, where this process may have lost the folder since it last looked: it stood still for
@@ -110,9 +119,12 @@ class Ownership:
         if self._number is None or self._released.is_set():
             return
         self._released.set()
-        with suppress(OSError), _lock(self._folder, self._number).open("r+", encoding="utf-8") as file:
-            file.truncate()
-            file.write(RELEASED)
+        # A folder that was put in place of one that was moved may have a lock of the same number.
+        with suppress(OSError):
+            if self._is_own():
+                with _lock(self._folder, self._number).open("r+", encoding="utf-8") as file:
+                    file.write(RELEASED)  # over what is there, for which a full disk has room
+                    file.truncate()
 
     def clear(self) -> None:
         """Removes the lock file that this process has released."""
@@ -125,10 +137,20 @@ class Ownership:
 
     def _beat(self) -> None:
         self._last_beat = _clock()
-        with suppress(OSError):  # a file system that does not answer now may do so in ten seconds
-            self.lost = _newest(self._folder) != self._number
+        try:
+            self.lost = not self._is_own()
             if not self.lost and self._number is not None:
                 os.utime(_lock(self._folder, self._number))
+        except (FileNotFoundError, NotADirectoryError):
+            self.lost = True
+        except OSError:  # a file system that does not answer now may do so in ten seconds
+            pass
+
+    def _is_own(self) -> bool:
+        """Whether the newest lock file is that of this process; not only of its number, as a folder that was moved away
+        may have given its name to another. Raises FileNotFoundError or NotADirectoryError where the folder is gone."""
+        number = _newest(self._folder)
+        return number == self._number and _look(_lock(self._folder, number))[0] == self._written
 
 
 def _last_owner(folder: Path, number: int) -> str | None:
@@ -148,7 +170,7 @@ def _last_owner(folder: Path, number: int) -> str | None:
         if lives is False or time.monotonic() > deadline:
             return who
         if owner is not None and before is None:
-            print(f"{folder}: up to {SECONDS_UNTIL_DEAD:.0f} s to see whether {who} lives", file=sys.stderr, flush=True)
+            tell(f"{folder}: up to {SECONDS_UNTIL_DEAD:.0f} s to see whether {who} lives")
         before = now
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return None

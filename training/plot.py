@@ -2,14 +2,14 @@
 
 import io
 import itertools
-import math
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parallel.timeline import WORDS, Span
 from training.console import humanise
-from training.metrics import read_metrics
+from training.metrics import Curves
 from training.run_directory import write_atomically
 
 if TYPE_CHECKING:
@@ -20,14 +20,13 @@ BLUE, RED, INK, GREY, RULE = "#2a6fbb", "#d1495b", "#22272e", "#6b7480", "#e4e7e
 PALER = 0.72
 
 
-def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> Path | None:
+def plot_loss(run_dir: Path, curves: Curves, references: Mapping[str, float] | None = None) -> Path | None:
     """Draws training and validation loss by step, and each reference as a labelled horizontal line.
 
     Returns the picture's path, None where nothing was logged yet. Raises StorageError where it cannot be written.
     """
-    records = read_metrics(run_dir / "metrics.jsonl")
-    training, validation = _points(records, "loss"), _points(records, "eval_loss")
-    if not training and not validation:
+    training, validation = curves.training.finite(), curves.validation.finite()
+    if not training.steps and not validation.steps:
         return None
     # matplotlib takes half a second to import: only who draws pays for it.
     from matplotlib.figure import Figure
@@ -35,20 +34,19 @@ def plot_loss(run_dir: Path, references: Mapping[str, float] | None = None) -> P
     figure = Figure(figsize=(9, 5), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
     axes = figure.add_subplot()
-    shown = list((references or {}).values()) + [loss for _, loss in validation]
-    if training:
-        steps, losses = zip(*training, strict=True)
-        reach = len(losses) // 60
-        averages = smooth(losses, reach)
-        shown += averages
-        axes.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.3)
-        marker = "o" if len(losses) == 1 else ""
+    shown = [*(references or {}).values(), *validation.values]
+    if training.steps:
+        reach = len(training.values) // 60
+        averages = smooth(training.values, reach)
+        shown += [min(averages), max(averages)]
+        axes.plot(training.steps, training.values, color=BLUE, linewidth=0.8, alpha=0.3)
+        marker = "o" if len(averages) == 1 else ""
         label = f"training loss{' (smoothed)' if reach else ''} {averages[-1]:.3f}"
-        axes.plot(steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
-    if validation:
-        label = f"validation loss {validation[-1][1]:.3f}"
-        axes.plot(*zip(*validation, strict=True), "o-", color=RED, markersize=4.5, linewidth=1.2, label=label)
-    _decorate(axes, run_dir.name, records)
+        axes.plot(training.steps, averages, color=BLUE, linewidth=1.8, marker=marker, label=label)
+    if validation.steps:
+        label = f"validation loss {validation.values[-1]:.3f}"
+        axes.plot(validation.steps, validation.values, "o-", color=RED, markersize=4.5, linewidth=1.2, label=label)
+    _decorate(axes, run_dir.name, curves)
     edge = axes.get_yaxis_transform()  # x as a share of the width, y as a loss
     for label, value in (references or {}).items():
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
@@ -97,10 +95,9 @@ def draw_timeline(spans: Sequence[Span], ranks: int, title: str, unit: str) -> b
     return picture.getvalue()
 
 
-def smooth(values: Sequence[float], reach: int) -> list[float]:
+def smooth(values: Sequence[float], reach: int) -> "array[float]":
     """Mean over up to `reach` neighbours on either side: as many before as after, so a steep start is not dragged."""
-    sums = list(itertools.accumulate(values, initial=0.0))
-    averages = []
+    sums, averages = array("d", itertools.accumulate(values, initial=0.0)), array("d")
     for position in range(len(values)):
         side = min(reach, position)
         first, last = position - side, min(position + side, len(values) - 1)
@@ -108,17 +105,12 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return averages
 
 
-def _points(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """The steps and values of `key`, those that are finite."""
-    found = [(record["step"], record.get(key)) for record in records]
-    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
-
-
-def _decorate(axes: "Axes", name: str, records: list[dict[str, Any]]) -> None:
+def _decorate(axes: "Axes", name: str, curves: Curves) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    tokens = [record["consumed_tokens"] for record in records if "consumed_tokens" in record]
-    size = f"step {records[-1]['step']:,}" + (f", {humanise(tokens[-1])} tokens" if tokens else "")
+    last = max([*curves.training.steps[-1:], *curves.validation.steps[-1:]])
+    tokens = curves.tokens.finite().values[-1:]
+    size = f"step {last:,}" + "".join(f", {humanise(count)} tokens" for count in tokens)
     axes.set_title(name, loc="left", color=INK, fontsize=13, fontweight="bold", pad=34, parse_math=False)
     axes.set_title(size, loc="right", color=GREY, fontsize=9.5, pad=34)
     axes.set_xlabel("step", color=GREY)

@@ -94,7 +94,8 @@ class StepProfiler:
         if self._device.type == "cuda":
             order, memory = "self_device_time_total", torch.cuda.memory._snapshot()
             torch.cuda.memory._record_memory_history(enabled=None)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._folder):  # not the run directory, which may have been moved away
+            folder.mkdir(exist_ok=True)
         table = profiled.key_averages().table(sort_by=order, row_limit=OPERATORS)
         (self._folder / f"{name}.operators.txt").write_text(f"{table}\n", encoding="utf-8")
         profiled.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))

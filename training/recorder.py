@@ -8,11 +8,13 @@ from dataclasses import asdict
 
 from training.config import RunConfig
 from training.console import Console, humanise
-from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, read_metrics
+from training.errors import StorageError
+from training.metrics import Curves, EvaluationMetrics, MetricsLog, StepMetrics, read_curves
 from training.mirror import Mirror
 from training.plot import plot_loss
 from training.run_directory import RunDirectory, State
 from training.samples import FedSamples
+from training.streams import LenientStream
 from training.tensorboard_log import open_tensorboard
 from training.wandb_log import open_wandb
 
@@ -28,8 +30,9 @@ class Recorder:
         self.config = config
         self.directory = directory
         directory.write_status("running", directory.previous.step if directory.previous else 0, "starting")
-        self.metrics = MetricsLog(directory.path, directory.attempt, directory.ownership.check_after_a_pause)
-        self.console = Console(config.train.steps, interactive=sys.stdout.isatty())
+        self.metrics = MetricsLog(directory.path, directory.attempt, self._note, directory.ownership)
+        self.console = Console(config.train.steps, interactive=LenientStream(sys.stdout).isatty())
+        self._status_fails = False
         self._mirrors: list[Mirror] = []
         self._intervals = 0
         self._data_is_late = False
@@ -47,9 +50,19 @@ class Recorder:
             self._mirrors.append(open_tensorboard(run_dir, step, note))
 
     def running(self, step: int) -> None:
-        """Put down in status.json that the run goes on from `step`, of which there is a checkpoint, or which is 0."""
+        """Put down in status.json that the run goes on from `step`, of which there is a checkpoint, or which is 0.
+
+        Where that cannot be written it is said once, and tried again the next time. Raises RunDirectoryError.
+        """
         self.directory.saved_step = step
-        self.directory.write_status("running", step, "training")
+        try:
+            self.directory.write_status("running", step, "training")
+        except StorageError as error:
+            if not self._status_fails:
+                self.console.note(f"{error}; training goes on")
+            self._status_fails = True
+        else:
+            self._status_fails = False
 
     def step(self, metrics: StepMetrics) -> None:
         """Report a logged step."""
@@ -89,48 +102,76 @@ class Recorder:
 
     def summarise(self, unigram_entropy: Callable[[], float] | None) -> None:
         """Say how far the run came, against what knowing nothing and knowing only word frequencies give."""
-        records = read_metrics(self.directory.path / "metrics.jsonl")
-        losses = [record["loss"] for record in records if record.get("loss") is not None]
-        evaluations = [
-            (record["step"], record["eval_loss"]) for record in records if record.get("eval_loss") is not None
-        ]
+        curves = self._read_curves()
+        if curves is None:
+            return
+        losses, evaluations = curves.training.finite().values, curves.validation.finite()
         uniform = math.log(self.config.model.vocabulary)
         references = {"ln(vocabulary)": uniform}
         if losses:
             self.console.note(
                 f"first loss {losses[0]:.3f}, where guessing blindly gives ln(vocabulary) = {uniform:.3f}"
             )
-        if evaluations and unigram_entropy is not None:
+        if evaluations.steps and unigram_entropy is not None:
             entropy = unigram_entropy()
             references["unigram entropy"] = entropy
-            step, loss = evaluations[-1]
+            step, loss = evaluations.steps[-1], evaluations.values[-1]
             side = "below" if loss <= entropy else "above"
             self.console.note(
                 f"validation loss {loss:.3f} at step {step}, {abs(entropy - loss):.3f} nats {side} the unigram entropy "
                 f"of the validation tokens = {entropy:.3f}"
             )
-        self._plot(references)
+        self._plot(curves, references)
 
     def close(self, state: State, step: int | None, reason: str) -> None:
-        """Write the final status and close what is open; `step` None: where the run stood before this start."""
+        """Write the final status and close what is open; `step` None: where the run stood before this start.
+
+        Raises StorageError that says everything that could not be written, lines that had waited in memory too, and
+        RunDirectoryError where the directory is another job's by now, or gone.
+        """
         if step is None:
             step = self.directory.previous.step if self.directory.previous else 0
+        failures: list[str] = []
+
+        def attempt(action: Callable[..., None], *arguments: object) -> None:
+            try:
+                action(*arguments)
+            except StorageError as error:
+                failures.append(str(error))
+
         with ExitStack() as stack:
             # Whatever fails here, a full disk say, the others are closed all the same.
             stack.callback(self.directory.ownership.release)
             for mirror in self._mirrors:
                 stack.callback(mirror.close, failed=state == "failed")
-            stack.callback(self.metrics.close)
+            stack.callback(attempt, self.metrics.close)
             if state != "completed" and self._intervals:
-                stack.callback(self._plot, {})
+                stack.callback(self._read_and_plot)
             # The status before the picture: a launcher whose other ranks have ended may not leave time for both.
-            stack.callback(self.directory.write_status, state, step, reason)
+            stack.callback(attempt, self.directory.write_status, state, step, reason)
             stack.callback(self.console.close)
+        if failures:
+            raise StorageError("\n".join(failures))
 
-    def _plot(self, references: dict[str, float]) -> None:
+    def _note(self, text: str) -> None:
+        self.console.note(text)
+
+    def _read_and_plot(self) -> None:
+        curves = self._read_curves()
+        if curves is not None:
+            self._plot(curves, {})
+
+    def _read_curves(self) -> Curves | None:
+        try:
+            return read_curves(self.directory.path / "metrics.jsonl")
+        except OSError as error:
+            self.console.note(f"no loss curve: metrics.jsonl cannot be read: {error.strerror}")
+            return None
+
+    def _plot(self, curves: Curves, references: dict[str, float]) -> None:
         """Draw the loss curve; a picture is never worth a run."""
         try:
-            picture = plot_loss(self.directory.path, references)
+            picture = plot_loss(self.directory.path, curves, references)
         except Exception as error:
             self.console.note(f"no loss curve: {type(error).__name__}: {error}")
         else:

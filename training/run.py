@@ -17,7 +17,15 @@ from training.checkpoint import DIRECTORY
 from training.checkpoint_storage import step_directories, step_name
 from training.config import RunConfig
 from training.determinism import make_deterministic, refusing_by_name
-from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError, DamageError, PeerError, RunError, StorageError
+from training.errors import (
+    SECONDS_FOR_LAST_WORDS,
+    ConfigError,
+    DamageError,
+    PeerError,
+    RunDirectoryError,
+    RunError,
+    StorageError,
+)
 from training.faults import Faults
 from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
 from training.manifest import read_manifest, verify
@@ -27,6 +35,7 @@ from training.resume import GONE_BACK_TO, what_to_resume, why_not_back
 from training.run_directory import LOGS, RunDirectory, State
 from training.stop import STOP_FILE, StopRequest, stoppable
 from training.stored_config import difference, refuse_another_run, restore_config
+from training.streams import tell
 from training.trainer import Trainer
 
 PREEMPTED = 75
@@ -59,7 +68,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
             standing = on_rank_zero(begin)
             if standing is not None:
                 if process.rank == 0:
-                    print(standing)
+                    tell(standing, sys.stdout)
                     stop.settle(completed=True)
                 return 0
             wait_until_visible(logs / FOLDER)
@@ -134,7 +143,7 @@ def _end_from_thread(
     """End the process while its main thread waits for what will never come."""
     _put_down(failure, config, process, recorder, step)
     if process.rank == 0:
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+        tell(f"error: {failure}")
     else:
         time.sleep(SECONDS_FOR_LAST_WORDS)
     os._exit(failure.exit_code)
@@ -152,19 +161,27 @@ def _put_down(
 ) -> None:
     """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
     if recorder is not None:
-        with suppress(RunError):  # the first error tells more
+        try:
             recorder.close(*_last_status(error, recorder.directory, step))
+        except StorageError as more:  # beside the first error, which tells more
+            tell(f"error: {more}")
+        except RunDirectoryError:  # as the first error says, or will be seen by whoever has it now
+            pass
     elif isinstance(error, PeerError) and "rank 0 " in str(error):
         # Rank 0 can neither say nor put down anything.
-        print(f"error on rank {process.rank}: {error}", file=sys.stderr, flush=True)
-        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+        tell(f"error on rank {process.rank}: {error}")
+        with suppress(StorageError):  # of a status.json that somebody else wrote
+            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
     elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
-        print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+        tell(f"error on rank {process.rank}: {type(error).__name__}: {error}")
+        with suppress(StorageError):  # of a status.json that somebody else wrote
+            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
 
 
 def _last_status(error: BaseException, directory: RunDirectory, step: int | None) -> tuple[State, int | None, str]:
-    before, status = directory.previous, directory.read_status()
+    before, status = directory.previous, None
+    with suppress(StorageError):  # what somebody else wrote there says nothing of this run
+        status = directory.read_status()
     if step is None and before is not None and before.state == "completed":
         return before.state, before.step, before.reason  # a start that is refused takes nothing away
     if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":

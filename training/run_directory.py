@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -23,7 +23,7 @@ from data.files import is_there, write_whole
 from data.vocabulary import find_tokenizer, is_tokenizer_file, same_tokenizer, tokenizer_digest, tokenizer_files
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
-from training.metrics import last_attempt
+from training.metrics import is_count, last_attempt
 from training.ownership import Ownership
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
@@ -51,6 +51,13 @@ class Status:
     """Starts in this directory before this one."""
     saved_step: int = 0
     """Of the newest checkpoint that was saved on this course; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for what is no status: it may be read from a file that others have written."""
+        sound = {part.name: is_count(getattr(self, part.name)) for part in fields(self)}
+        sound |= {"state": self.state in get_args(State), "reason": isinstance(self.reason, str)}
+        if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+            raise TypeError(f"{', '.join(wrong)} cannot be what it says")
 
 
 class RunDirectory:
@@ -211,7 +218,7 @@ class RunDirectory:
             return None
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise StorageError(f"{path} is not a status: {error!r}; remove it to go on from the checkpoints") from error
 
 

@@ -119,20 +119,32 @@ class Saving:
         if ended is None:
             return
         if ended.error is None:
-            self.saved_step, self._failures = ended.step, 0
-            if self._recorder:
-                self._recorder.running(ended.step)
-            return
-        if not isinstance(ended.error, StorageError):
+            self.saved_step = ended.step
+            trouble = self._recorded(ended.step)
+        elif isinstance(ended.error, StorageError):
+            self._error = ended.error
+            trouble = f"step {ended.step} is not saved", str(ended.error)
+        else:
             raise ended.error
-        self._error = ended.error
+        if trouble is None:
+            self._failures = 0
+            return
         self._failures += 1
         stops = self._failures > self._most_failures
         if self._recorder and not self._ending:
             fate = f"failure {self._failures} in a row, {'which stops the run' if stops else 'training goes on'}"
-            self._recorder.console.note(f"step {ended.step} is not saved ({fate}): {ended.error}")
+            self._recorder.console.note(f"{trouble[0]} ({fate}): {trouble[1]}")
         if stops:
-            self._stop.ask(f"{counted(self._failures, 'save')} in a row that failed")
+            unwritten = " or left metrics unwritten" if ended.error is None else ""
+            self._stop.ask(f"{counted(self._failures, 'save')} in a row that failed{unwritten}")
+
+    def _recorded(self, step: int) -> tuple[str, str] | None:
+        """Puts down a save that is whole; what is wrong all the same, and why, where lines of metrics wait."""
+        if self._recorder is None:
+            return None
+        self._recorder.running(step)
+        waiting = self._recorder.metrics.retry()
+        return (f"step {step} is saved", f"{counted(waiting, 'line')} of metrics wait in memory") if waiting else None
 
     def take_stall(self) -> float:
         """Milliseconds that saves held training up since the last call."""

@@ -51,5 +51,5 @@ def draw_step(spans: Sequence[Span], mesh: ParallelMesh, title: str, path: Path)
     if gathered is None:
         return
     first = gathered[:: len(gathered) // mesh.pp_size]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, draw_timeline([span for own in first for span in own], mesh.pp_size, title, "seconds"))

@@ -216,14 +216,20 @@ class Trainer:
         path = Path(self.config.run_dir) / LOGS / f"timeline_step_{step}.png"
         title = f"step {step}, {layout.pp_schedule}, {layout.stages} stages"
         with self.timer.pause():
-            draw_step(spans, self.mesh, title, path)
-        self._note(f"timeline of step {step}: {path}")
+            try:
+                draw_step(spans, self.mesh, title, path)
+            except (OSError, StorageError) as error:  # on rank 0, once all have met
+                self._note(f"no timeline of step {step}: {error}")
+            else:
+                self._note(f"timeline of step {step}: {path}")
 
     def _wishes_to_stop(self) -> bool:
         if self.recorder:
             self.stop.look()
             if self.recorder.directory.ownership.lost:
-                self.stop.ask("another process, which took the run directory over")
+                self.stop.ask("the loss of its run directory")
+            if self.recorder.metrics.lost:
+                self.stop.ask("metrics that can neither be written nor kept in memory")
         return self.stop.reason is not None
 
     def _any_wish_to_stop(self) -> bool:

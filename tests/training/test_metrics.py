@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import RunDirectoryError, StorageError
-from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, last_attempt, read_metrics
+from training.metrics import EvaluationMetrics, MetricsLog, StepMetrics, last_attempt, read_curves, read_metrics
+from training.ownership import Ownership
 
 STEP = StepMetrics(
     step=3,
@@ -126,10 +127,11 @@ def test_lines_of_a_start_that_was_succeeded_take_nothing_from_the_one_that_succ
 
 
 def test_an_owner_is_asked_for_before_a_line_is_written(tmp_path: Path):
-    def refuse() -> None:
-        raise RunDirectoryError("another job's")
+    class Lost(Ownership):
+        def check_after_a_pause(self) -> None:
+            raise RunDirectoryError("another job's")
 
-    log = MetricsLog(tmp_path, attempt=0, require_owner=refuse)
+    log = MetricsLog(tmp_path, attempt=0, ownership=Lost(tmp_path))
     with pytest.raises(RunDirectoryError):
         log.log_step(STEP)
     assert (tmp_path / METRICS).read_bytes() == b""
@@ -149,19 +151,61 @@ def test_reading_skips_what_is_no_record(tmp_path: Path):
     (tmp_path / METRICS).write_bytes(
         b"[" * 100_000
         + b'\n{"step": 0, "attempt": "x"}\n{"step": 1}\n[1]\n\xff\x00\n{"loss": 2}\n{"step": "x"}\n'
+        + b'{"step": true}\n{"step": -1}\n{"step": 1%s}\n{"step": 0, "attempt": 1%s}\n' % (b"0" * 400, b"0" * 400)
         + b'{"step": 2, "lo\n{"step": 3}\n'
     )
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 3]
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
-def test_a_disk_that_is_full_is_a_storage_error(tmp_path: Path):
+LINES = st.fixed_dictionaries(
+    {"step": st.integers(0, 9), "attempt": st.integers(0, 2)},
+    optional={"loss": st.floats(), "eval_loss": st.floats(), "consumed_tokens": st.integers(0, 99)},
+)
+
+
+@given(lines=st.lists(LINES, max_size=40))
+def test_curves_are_those_of_the_whole_records(tmp_path_factory: pytest.TempPathFactory, lines: list[dict]):
+    path = tmp_path_factory.mktemp("run") / METRICS
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    curves, records = read_curves(path), read_metrics(path)
+    for series, key, of_evaluation in (
+        (curves.training, "loss", False),
+        (curves.tokens, "consumed_tokens", False),
+        (curves.validation, "eval_loss", True),
+    ):
+        of_kind = [record for record in records if ("eval_loss" in record) == of_evaluation]
+        assert list(series.steps) == [record["step"] for record in of_kind]
+        found = [(r["step"], r[key]) for r in of_kind if math.isfinite(r.get(key, math.nan))]
+        assert list(zip(series.finite().steps, series.finite().values, strict=True)) == found
+
+
+@pytest.mark.parametrize("value", ["true", '"x"', "[1]", "{}", "null", "NaN", "-Infinity", "1" + 400 * "0", "1e999"])
+def test_what_is_no_number_is_no_point_of_a_curve(tmp_path: Path, value: str):
+    (tmp_path / METRICS).write_text(
+        f'{{"step": 1, "loss": {value}, "consumed_tokens": {value}}}\n{{"step": 1, "eval_loss": {value}}}\n'
+        '{"step": 2, "loss": 3}\n'
+    )
+    curves = read_curves(tmp_path / METRICS)
+    assert list(curves.training.finite().values) == [3.0]
+    assert list(curves.validation.finite().values) == list(curves.tokens.finite().values) == []
+
+
+def test_on_a_disk_that_is_full_lines_wait_and_are_said_to_be_lost_at_the_end(tmp_path: Path):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     (tmp_path / METRICS).symlink_to("/dev/full")
-    log = MetricsLog(tmp_path, attempt=0)
-    with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left"):
-        log.log_step(STEP)
+    notes: list[str] = []
+    log = MetricsLog(tmp_path, attempt=0, note=notes.append)
+    for step in (1, 2):
+        log.log_step(replace(STEP, step=step))
+    log.log_samples(2, [(0, 1, 17)], crc=1)
+    (said,) = notes
+    assert "metrics.jsonl cannot be written: No space left" in said
+    assert (log.retry(), log.lost) == (2, 0)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl lacks 2 lines that could not be written: No space"):
+        log.close()
+    assert len(read_metrics(tmp_path / "samples.jsonl")) == 1
 
 
 def test_a_directory_that_is_gone_is_a_storage_error(tmp_path: Path):

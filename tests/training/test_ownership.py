@@ -176,6 +176,54 @@ def test_a_process_that_stood_still_looks_before_it_writes(tmp_path, owned, monk
         owned.check_after_a_pause()
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_folder_that_was_removed_or_moved_is_said_to_be(tmp_path, monkeypatch, moved):
+    monkeypatch.setattr(ownership, "SECONDS_BETWEEN_BEATS", 0.05)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    owner = Ownership(folder)
+    owner.take()
+    if moved:
+        folder.rename(tmp_path / "elsewhere")
+    else:
+        (folder / ".lock.1").unlink()
+        folder.rmdir()
+    time.sleep(0.3)
+    assert owner.lost
+    with pytest.raises(RunDirectoryError, match=f"{folder} was removed or moved"):
+        owner.check()
+    owner.release()
+    assert not folder.exists()
+
+
+def test_a_file_system_that_does_not_answer_is_asked_again(tmp_path, owned, monkeypatch):
+    owned.take()
+
+    def fail(_):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ownership, "_numbers", fail)
+        owned.check()
+    owned.check()
+
+
+def test_another_folder_of_the_same_name_is_not_the_one_that_was_taken(tmp_path):
+    """Its first lock has the same number."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = Ownership(folder)
+    first.take()
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
+    lock = leave(folder, number=1, host="elsewhere")
+    with pytest.raises(RunDirectoryError, match=r"process .* on elsewhere .* took it over"):
+        first.check()
+    before = lock.read_bytes()
+    first.release()
+    assert lock.read_bytes() == before
+
+
 def rank_that_loses_its_directory(rank, world_size, words):
     """A run whose directory another process takes over in step 2."""
     from training.trainer import Trainer
@@ -202,3 +250,30 @@ def test_a_run_that_lost_its_directory_ends_and_saves_nothing(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 6
+
+
+def rank_whose_directory_is_moved(rank, world_size, words):
+    """A run whose directory somebody moves in step 3."""
+    from training.trainer import Trainer
+
+    take_step = Trainer._take_step
+
+    def take_step_and_move(self, step, micro_batches):
+        if step == 3:
+            Path(self.config.run_dir).rename(f"{self.config.run_dir}-moved")
+        return take_step(self, step, micro_batches)
+
+    Trainer._take_step = take_step_and_move
+    return pretrain_gpt.main(words, os.environ)
+
+
+def test_a_run_whose_directory_is_moved_ends_and_makes_nothing_in_its_place(runs_folder):
+    out_dir = runs_folder("moved")
+    words = ["model=tiny", "model.num_layers=1", "data=sample", "data.tokenizer=bytes", "data.seq_length=32",
+             "train.steps=20", "train.global_batch_size=2", "checkpoint.interval=5", f"out_dir={out_dir}"]  # fmt: skip
+    with pytest.raises(RunDirectoryError, match=r"run was removed or moved") as ended:
+        run_ranks(1, rank_whose_directory_is_moved, words, initialize=False)
+    assert ended.value.exit_code == 73
+    assert not (out_dir / "run").exists()
+    lines = (out_dir / "run-moved" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]

@@ -87,7 +87,7 @@ def test_a_failure_is_one_line(tmp_path):
     notes = []
     profiled(tmp_path / "file" / "profile", range(2, 4), range(1, 9), notes)
     assert len(notes) == 1
-    assert notes[0].startswith("profile: given up (NotADirectoryError: ")
+    assert notes[0].startswith("profile: given up (FileExistsError: ")
     assert profiled(tmp_path / "profile", range(1, 2), range(1, 2), notes)
 
 

@@ -16,6 +16,9 @@ import pytest
 
 import pretrain_gpt
 from parallel.local_ranks import RankError, run_ranks
+from training.errors import NonFiniteError
+from training.run import _last_status
+from training.run_directory import RunDirectory
 
 ROOT = Path(pretrain_gpt.__file__).parent
 SMALL = ["model=tiny", "model.num_layers=2", "data=sample", "data.seq_length=32", "train.global_batch_size=4",
@@ -183,3 +186,11 @@ def test_processes_that_are_interrupted_at_a_random_moment_lose_at_most_one_step
     assert found == expected
     assert twice <= 1
     assert status(out_dir, name)["state"] == "completed"
+
+
+@pytest.mark.parametrize("foreign", ["{", '{"state": 3}', "[" * 100_000])
+def test_a_foreign_status_takes_no_word_from_a_run_that_fails(tmp_path, foreign):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "status.json").write_text(foreign)
+    found = _last_status(NonFiniteError("step 3: the loss is not finite"), directory, 3)
+    assert found == ("failed", 3, "NonFiniteError: step 3: the loss is not finite")

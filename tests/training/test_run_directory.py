@@ -121,7 +121,16 @@ def test_a_failing_rank_leaves_its_traceback_and_the_reason(tmp_path: Path):
     assert "Traceback" in (tmp_path / "logs" / "rank_00003.log").read_text()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "running"}', "\udcff"])
+STATUS = {"state": "running", "step": 3, "reason": "", "attempt": 0, "saved_step": 0}
+FOREIGN = [{"state": 3}, {"state": ["running"]}, {"state": "lost"}, {"step": "x"}, {"step": -1}, {"step": True},
+           {"step": 10**400}, {"reason": None}, {"attempt": 1.5}, {"saved_step": []}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"state": "running"}', "\udcff", "[" * 100_000, *(json.dumps(STATUS | f) for f in FOREIGN)],
+    ids=lambda content: content[:60],
+)
 def test_a_broken_status_is_a_storage_error_that_names_the_file(tmp_path: Path, content: str):
     (tmp_path / "status.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(StorageError, match=r"status\.json is not a status"):
