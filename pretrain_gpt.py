@@ -106,7 +106,9 @@ def run() -> int:
         if exit_code is None:
             traceback.print_exc()
             return 1
-        say(f"error: {error}".replace("\n", "\n       "), os.environ, sys.stderr)
+        # What rank 0 cannot say for all ranks, because it is not there, this rank says itself.
+        environment: Mapping[str, str] = {} if getattr(error, "unheard", False) else os.environ
+        say(f"error: {error}".replace("\n", "\n       "), environment, sys.stderr)
         return int(exit_code)
 
 

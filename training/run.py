@@ -52,7 +52,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.startup_minutes)
     stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
-    with stopping as stop, process_group(timeout, logs=logs) as process:
+    with stopping as stop, process_group(timeout, logs=logs, run=config.run_dir) as process:
         trainer = None
         try:
             faults = Faults(process.rank, os.environ)
