@@ -42,10 +42,12 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
     recorder: Recorder | None = None
     logs = Path(config.run_dir) / LOGS
 
-    def begin() -> str | None:
+    attempt: int | None = None
+
+    def begin() -> tuple[str | None, int | None]:
         nonlocal recorder
         recorder, standing = _take_directory(config, overrides)
-        return standing
+        return standing, recorder.directory.attempt if recorder else None
 
     if config.train.deterministic:
         make_deterministic(os.environ)
@@ -56,7 +58,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         trainer = None
         try:
             faults = Faults(process.rank, os.environ)
-            standing = on_rank_zero(begin)
+            standing, attempt = on_rank_zero(begin)
             if standing is not None:
                 if process.rank == 0:
                     print(standing)
@@ -67,7 +69,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 
                 def give_up(named: dict[int, str]) -> None:
                     failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
-                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None)
+                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None, attempt)
 
                 with giving_up(heartbeat, give_up):
                     trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
@@ -75,7 +77,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         except BaseException as error:
             patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
             failure = _as_peer_error(error, logs, patience)
-            _put_down(failure, config, process, recorder, trainer.step if trainer else None)
+            _put_down(failure, config, process, recorder, trainer.step if trainer else None, attempt)
             if failure is error:
                 raise
             raise failure from error
@@ -129,10 +131,15 @@ def _peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
 
 
 def _end_from_thread(
-    failure: PeerError, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
+    failure: PeerError,
+    config: RunConfig,
+    process: ProcessInfo,
+    recorder: Recorder | None,
+    step: int | None,
+    attempt: int | None,
 ) -> NoReturn:
     """End the process while its main thread waits for what will never come."""
-    _put_down(failure, config, process, recorder, step)
+    _put_down(failure, config, process, recorder, step, attempt)
     if process.rank == 0:
         print(f"error: {failure}", file=sys.stderr, flush=True)
     else:
@@ -148,19 +155,25 @@ def flight_records(logs: Path) -> str:
 
 
 def _put_down(
-    error: BaseException, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
+    error: BaseException,
+    config: RunConfig,
+    process: ProcessInfo,
+    recorder: Recorder | None,
+    step: int | None,
+    attempt: int | None,
 ) -> None:
-    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
+    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own. `attempt` is
+    that of this start, None where rank 0 has not said it yet."""
     if recorder is not None:
         with suppress(RunError):  # the first error tells more
             recorder.close(*_last_status(error, recorder.directory, step))
     elif isinstance(error, PeerError) and "rank 0 " in str(error):
         # Rank 0 can neither say nor put down anything.
         print(f"error on rank {process.rank}: {error}", file=sys.stderr, flush=True)
-        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
     elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
         print(f"error on rank {process.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+        RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
 
 
 def _last_status(error: BaseException, directory: RunDirectory, step: int | None) -> tuple[State, int | None, str]:

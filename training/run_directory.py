@@ -154,15 +154,23 @@ class RunDirectory:
         status = Status(state, step, reason, self.attempt, self.saved_step)
         write_atomically(self.path / "status.json", _json(asdict(status)))
 
-    def write_rank_failure(self, rank: int, error: BaseException) -> None:
-        """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort."""
+    def write_rank_failure(self, rank: int, attempt: int | None, error: BaseException) -> None:
+        """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort.
+
+        `attempt` is that of the start which the rank belongs to, None where it does not know yet. A rank that was
+        stopped may outlive its start: what the status says of another start stays, and so does the log of its rank.
+        """
+        status = self.previous
+        is_of_this_start = status is not None and status.attempt == attempt
+        start = "" if is_of_this_start else f".attempt_{'unknown' if attempt is None else attempt}"
         with contextlib.suppress(OSError, StorageError):
             logs = self.path / LOGS
             logs.mkdir(exist_ok=True)
-            (logs / f"rank_{rank:05d}.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            status = self.previous or Status("running", 0, "", 0)
-            status = replace(status, state="failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
-            write_atomically(self.path / "status.json", _json(asdict(status)))
+            said = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+            write_atomically(logs / f"rank_{rank:05d}{start}.log", said)
+            if status is not None and is_of_this_start:
+                status = replace(status, state="failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
+                write_atomically(self.path / "status.json", _json(asdict(status)))
 
     def read_status(self) -> Status | None:
         """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
