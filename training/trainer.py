@@ -27,6 +27,7 @@ from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiled_parts
+from training.batch_checks import check_batch_epochs
 from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
@@ -256,6 +257,9 @@ class Trainer:
         on_rank_zero(lambda: open_all() and None)
         wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
         splits = open_all()
+        problems = list(check_batch_epochs(config, splits.train.samples_per_epoch))
+        if problems:
+            raise ConfigError(*problems)
         if self.recorder:
             tokenizer = find_tokenizer(config.data, config.out_dir)
             if is_tokenizer_file(tokenizer):
