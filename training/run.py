@@ -25,6 +25,7 @@ from training.mirror import first_line
 from training.recorder import Recorder
 from training.resume import GONE_BACK_TO, what_to_resume, why_not_back
 from training.run_directory import LOGS, RunDirectory, State
+from training.run_files import require_folder, require_writable
 from training.stop import STOP_FILE, StopRequest, stoppable
 from training.stored_config import difference, refuse_another_run, restore_config
 from training.trainer import Trainer
@@ -105,9 +106,13 @@ def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder |
     directory.own()
     with ExitStack() as refused:
         refused.callback(directory.leave)
+        for folder in (logs, directory.path / DIRECTORY):
+            require_folder(folder)
         standing = check_run_directory(directory, config)
         if standing is not None:
             return None, standing
+        for folder in (logs, directory.path / DIRECTORY):
+            require_writable(folder)
         directory.record_start(config, overrides)
         shutil.rmtree(logs / FOLDER, ignore_errors=True)
         (logs / FOLDER).mkdir(exist_ok=True)

@@ -25,12 +25,16 @@ from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.metrics import last_attempt
 from training.ownership import Ownership
+from training.run_files import require_regular
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 """Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
 
 LARGEST_CONFIG = 2**16
 """Bytes of a config.yaml up to which it is read."""
+
+APPENDED_TO = ("metrics.jsonl", "samples.jsonl")
+"""Files that a start goes on with."""
 
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
@@ -76,11 +80,13 @@ class RunDirectory:
         """Makes the directory and owns it until `ownership.release` or the end of the process.
 
         Raises RunDirectoryError where a living process owns it, ConfigError where a file stands in the way, and
-        StorageError where the directory cannot be written or its status read.
+        StorageError where the directory cannot be written, its status read, or a file appended to.
         """
         try:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in APPENDED_TO:
+                require_regular(self.path / name)
             self.ownership.take()
             self.previous = self.read_status()  # of whoever owned it until now
             self._last_logged = last_attempt(self.path / "metrics.jsonl")
@@ -175,6 +181,7 @@ class RunDirectory:
     def read_status(self) -> Status | None:
         """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
         path = self.path / "status.json"
+        require_regular(path)
         try:
             # An older version put down no saved step.
             values = {"saved_step": 0} | json.loads(path.read_bytes())
