@@ -108,7 +108,8 @@ def run() -> int:
         if exit_code is None:
             tell(traceback.format_exc().rstrip())
             return 1
-        if os.environ.get("RANK", "0") == "0":
+        # What rank 0 cannot say for all ranks, because it is not there, this rank says itself.
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "unheard", False):
             tell(f"error: {error}".replace("\n", "\n       "))
         return int(exit_code)
 

@@ -1,7 +1,7 @@
 """The micro-batches that one rank takes of each global batch, read ahead in threads."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,26 +38,38 @@ class BatchReader:
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(self.num_workers, "batches") if self.num_workers else None
         self._ahead: tuple[int, list[Future[MicroBatch]]] | None = None
+        self._closed = False
 
     def read(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch that starts at `consumed_samples`.
 
         Micro-batch a of rank r holds the samples at consumed + (a * dp_size + r) * micro_batch_size onwards. Raises
-        what a thread raised, and ValueError where micro_batch_size * dp_size does not divide the batch.
+        what a thread raised, and ValueError where micro_batch_size * dp_size does not divide the batch; after an error
+        nothing is read any more.
         """
         if self._pool is None:
             return [self._micro_batch(first) for first in self._starts(consumed_samples)]
+        try:
+            return self._read_ahead(self._pool, consumed_samples)
+        except BaseException:
+            # Not waited for: a signal may have ended the process because this batch would take for ever.
+            self._closed = True
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    def _read_ahead(self, pool: ThreadPoolExecutor, consumed_samples: int) -> list[MicroBatch]:
         position, futures = self._ahead or (None, [])
         if position != consumed_samples:
             for future in futures:
                 future.cancel()
-            futures = self._submit(self._pool, consumed_samples)
+            futures = self._submit(pool, consumed_samples)
         following = consumed_samples + self.batch_size(consumed_samples)
-        self._ahead = following, self._submit(self._pool, following)
+        self._ahead = following, self._submit(pool, following)
         return [future.result() for future in futures]
 
     def close(self) -> None:
         """Ends the threads; nothing is read afterwards."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -72,7 +84,12 @@ class BatchReader:
         return range(position + self.dp_rank * micro, position + size, self.dp_size * micro)
 
     def _micro_batch(self, first: int) -> MicroBatch:
-        samples = [self.dataset.sample(index) for index in range(first, first + self.micro_batch_size)]
+        samples = [self._sample(index) for index in range(first, first + self.micro_batch_size)]
         tokens = np.stack([sample.tokens for sample in samples])
         indices = np.arange(first, first + self.micro_batch_size)
         return MicroBatch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), samples, indices)
+
+    def _sample(self, index: int) -> Sample:
+        if self._closed:  # the interpreter waits for its threads, so each ends in the middle of what nobody wants
+            raise CancelledError
+        return self.dataset.sample(index)

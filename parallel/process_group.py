@@ -10,6 +10,9 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from parallel.rendezvous import meet
 
 Result = TypeVar("Result")
 FLIGHT_RECORD = "nccl_trace_rank_"
@@ -29,9 +32,11 @@ class ProcessInfo:
 
 @contextmanager
 def process_group(
-    timeout: timedelta, environment: Mapping[str, str] = os.environ, logs: Path | None = None
+    timeout: timedelta, environment: Mapping[str, str] = os.environ, logs: Path | None = None, run: str = ""
 ) -> Iterator[ProcessInfo]:
     """Join the group that torchrun describes in the environment, or one of a single process; leave it at the end.
+
+    Ranks of the same `run` wait up to `timeout` for each other. Raises RendezvousError where they do not come together.
 
     NCCL connects CUDA tensors and gloo CPU tensors; without CUDA there is gloo alone. With an empty `environment` the
     process stays alone wherever it was started. Where a collective on CUDA takes a minute longer than `timeout`, NCCL's
@@ -41,12 +46,14 @@ def process_group(
     if device.type == "cuda" and logs is not None:
         keep_flight_records(logs, os.environ)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    world_size = int(environment.get("WORLD_SIZE") or 1)
+    rank = 0
+    store: Store = HashStore()
+    if world_size > 1:
+        rank = int(environment["RANK"])
+        store = meet(rank, world_size, timeout, environment, run)
     timeout = group_timeout(timeout, device.type)
-    if environment.get("WORLD_SIZE"):
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     alone = dist.get_world_size() == 1
     try:
         yield ProcessInfo(dist.get_rank(), dist.get_world_size(), device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_gpt
+from parallel.rendezvous import RendezvousError
 from training.errors import ConfigError
 
 ENTRY = Path(pretrain_gpt.__file__)
@@ -120,3 +121,14 @@ def test_errors_without_an_exit_code_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(pretrain_gpt, "main", fail)
     assert pretrain_gpt.run() == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("unheard", "said"), [(True, "error: RANK=1 is there twice\n"), (False, "")])
+def test_what_rank_zero_cannot_say_another_rank_says(monkeypatch, capsys, unheard, said):
+    def fail(*_):
+        raise RendezvousError("RANK=1 is there twice", 78, unheard=unheard)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(pretrain_gpt, "main", fail)
+    assert pretrain_gpt.run() == 78
+    assert capsys.readouterr().err == said

@@ -13,6 +13,7 @@ from models.families import HUGGING_FACE_PREFIX, open_directory
 from models.hugging_face import HuggingFaceError, identity
 from parallel.stages import takes
 from training.advice import counted, divisors, multiples_near, near_divisors, nearest
+from training.batch_checks import check_batch_memory, fits_into_memory
 from training.config import RunConfig
 from training.manifest import CORRUPT, MANIFEST_NAME, TEMPORARY
 from training.optimizer_checks import check_float32, check_parameter_groups, check_schedule
@@ -279,10 +280,12 @@ def check_batch(config: RunConfig) -> Iterator[str]:
         return layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count)
 
     why = counted(ranks, "data-parallel rank") + (f" * train.micro_batch_size={micro}" if micro else "")
-    for size in sizes if ranks >= 1 else []:
+    for size in sizes if ranks >= 1 and fits_into_memory(config) else []:
         if size % unit == 0:
             continue
-        legal = [count * unit for count in range(1, size // unit + 4 * layout.pp + 2) if fits(count)]
+        reach = 4 * layout.pp + 2
+        counts = range(max(1, size // unit - reach), size // unit + reach)
+        legal = [count * unit for count in counts if fits(count)]
         advice = (stated if schedule is None else "") + nearest(size, legal)
         if micro and not any(each % ranks for each in sizes):
             cuts = divisors(math.gcd(*sizes) // ranks)
@@ -418,6 +421,7 @@ RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     check_tensor_ffn,
     check_tensor_sequence,
     check_batch,
+    check_batch_memory,
     check_pipeline_settings,
     check_virtual_stages,
     check_stages,

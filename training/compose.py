@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataPathError, TokenizerError
+from data.locations import data_prefix
 from data.vocabulary import find_vocabulary
+from training.batch_checks import check_batch_epochs, most_tokens
 from training.checks import check_choices, check_deterministic, check_ranges, check_relations, check_vocabulary
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -72,7 +74,7 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
     """
     out_of_range = list(check_ranges(config))
     problems = [*out_of_range, *check_choices(config), *check_deterministic(config, environment)]
-    filled = config
+    filled, tokens = config, None
     try:
         filled = replace(filled, world_size=_world_size(config, environment))
     except ConfigError as error:
@@ -81,6 +83,7 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
         vocabulary = find_vocabulary(config.data, config.out_dir)
         problems += check_vocabulary(config, vocabulary.size, vocabulary.source)
         filled = replace(filled, model=replace(config.model, vocab_size=config.model.vocab_size or vocabulary.size))
+        tokens = most_tokens(data_prefix(config.data, config.out_dir))
     except (DataPathError, TokenizerError) as error:
         problems.append(str(error))
     if not out_of_range:
@@ -89,6 +92,8 @@ def resolve(config: RunConfig, environment: Mapping[str, str] = os.environ) -> R
         if layout.dp_shard == -1 and filled.world_size and not rest:
             filled = replace(filled, parallel=replace(layout, dp_shard=remaining))
         problems += check_relations(filled)
+        if tokens is not None:
+            problems += check_batch_epochs(filled, max(1, (tokens - 1) // filled.seq_length))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))  # two numbers of a list may be wrong alike
     return replace(

@@ -9,6 +9,7 @@ from core.flops import head_flops, layer_flops
 from data.config import DataConfig
 from parallel.config import ParallelConfig
 from parallel.stages import divide_layers, takes
+from training.advice import divisors
 from training.batch_schedule import BatchSchedule, parse_batch_schedule
 
 
@@ -209,8 +210,8 @@ class RunConfig:
             return most
         enough = (
             number
-            for number in range(most, 0, -1)
-            if most % number == 0 and all(takes(layout.pp_schedule, layout.pp, share // number) for share in shares)
+            for number in reversed(divisors(most))
+            if all(takes(layout.pp_schedule, layout.pp, share // number) for share in shares)
         )
         return next(enough, 1)
 

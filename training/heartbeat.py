@@ -39,6 +39,8 @@ class Heartbeat:
         folder = logs / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank_{rank:05d}.json"
+        # A file of its own: one that is there may be open in a rank of an earlier start, which goes on writing to it.
+        self._path.unlink(missing_ok=True)
         self._file = self._path.open("wb", buffering=0)
         self._who = {"host": socket.gethostname(), "pid": os.getpid()}
         self.step = 0
@@ -67,10 +69,12 @@ class Heartbeat:
             os.utime(self._file.fileno())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Takes the file away: who left it there has not come to its end."""
-        self._file.close()
+        """Takes the file away: who left it there has not come to its end. Not that of a later start, which a rank that
+        was stopped may have outlived its own into."""
         with suppress(OSError):
-            self._path.unlink()
+            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                self._path.unlink()
+        self._file.close()
 
 
 @contextmanager

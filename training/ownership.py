@@ -14,6 +14,7 @@ from pathlib import Path
 
 from training.errors import RunDirectoryError
 from training.heartbeat import process_start
+from training.run_files import require_regular
 from training.streams import tell
 
 SECONDS_BETWEEN_BEATS = 10.0
@@ -66,7 +67,8 @@ class Ownership:
     def take(self) -> None:
         """Owns the folder until `release` or the end of the process. What a dead owner left is taken over, and said.
 
-        Raises RunDirectoryError where a living process owns it, OSError where it cannot be written.
+        Raises RunDirectoryError where a living process owns it, OSError where it cannot be written, StorageError where
+        its lock file is no file.
         """
         while self._number is None:
             newest = _newest(self._folder)
@@ -186,7 +188,8 @@ def _lives_here(owner: Owner | None) -> bool | None:
 
 def _look(path: Path) -> tuple[str, int]:
     """What a lock file holds and when it was touched; as RELEASED where it has gone. Opened, since that is when a
-    network file system asks its server."""
+    network file system asks its server. Raises StorageError where it is no regular file."""
+    require_regular(path)
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns

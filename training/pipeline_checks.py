@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from parallel.config import ParallelConfig
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
 from training.advice import counted, divisors
+from training.batch_checks import fits_into_memory
 from training.config import RunConfig
 
 
@@ -84,7 +85,7 @@ def check_stages(config: RunConfig) -> Iterator[str]:
 def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
     """There are micro-batches enough to keep the stages busy, and as many as the schedule can order."""
     layout, ranks, schedule = config.parallel, config.parallel.dp, config.parallel.pp_schedule
-    if layout.pp == 1 or ranks < 1:
+    if layout.pp == 1 or ranks < 1 or not fits_into_memory(config):
         return
     try:
         micro, sizes = config.micro_batch_size, config.batches.sizes
@@ -98,10 +99,11 @@ def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
         needs = f"at least {least} micro-batches"
         if number >= least:
             needs = f"micro-batches that {number // layout.pp} rounds share equally"
-        legal = [count for count in range(1, 2 * number + least + 1) if takes(schedule, layout.pp, count)]
+        counts = range(max(1, number - 2 * least), number + 2 * least + 1)
+        legal = [count for count in counts if takes(schedule, layout.pp, count)]
         near = sorted({min(legal, key=lambda count: abs(count - number - shift)) for shift in (-0.5, 0.5)})
         nearest = " or ".join(str(count * ranks * micro) for count in near)
-        smaller = [each for each in range(micro - 1, 0, -1) if size % (ranks * each) == 0]
+        smaller = [each for each in reversed(divisors(size // ranks)) if each < micro]
         fitting = [each for each in smaller if takes(schedule, layout.pp, size // (ranks * each))]
         advice = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
         constant = config.train.batch_schedule is None

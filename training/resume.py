@@ -12,6 +12,7 @@ from training.checkpoint_storage import set_aside, step_directories, step_name
 from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.manifest import LEFT, Manifest
+from training.run_files import require_regular
 from training.stored_config import difference, refuse_another_run
 
 GONE_BACK_TO = "gone_back_to"
@@ -42,6 +43,7 @@ def why_not_back(run_dir: Path, step: str) -> str:
 
 def _gone_back_to(directory: Path) -> list[str]:
     file = directory / GONE_BACK_TO
+    require_regular(file)
     try:
         return file.read_text(encoding="utf-8").split()
     except (FileNotFoundError, NotADirectoryError):

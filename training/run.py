@@ -33,6 +33,7 @@ from training.mirror import first_line
 from training.recorder import Recorder
 from training.resume import GONE_BACK_TO, what_to_resume, why_not_back
 from training.run_directory import LOGS, RunDirectory, State
+from training.run_files import require_folder, require_writable
 from training.stop import STOP_FILE, StopRequest, stoppable
 from training.stored_config import difference, refuse_another_run, restore_config
 from training.streams import tell
@@ -51,21 +52,23 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
     recorder: Recorder | None = None
     logs = Path(config.run_dir) / LOGS
 
-    def begin() -> str | None:
+    attempt: int | None = None
+
+    def begin() -> tuple[str | None, int | None]:
         nonlocal recorder
         recorder, standing = _take_directory(config, overrides)
-        return standing
+        return standing, recorder.directory.attempt if recorder else None
 
     if config.train.deterministic:
         make_deterministic(os.environ)
     deadline = math.inf if config.train.max_minutes is None else began + 60 * config.train.max_minutes
     timeout = timedelta(minutes=config.parallel.startup_minutes)
     stopping = stoppable(Path(config.run_dir, STOP_FILE), deadline, says=os.environ.get("RANK", "0") == "0")
-    with stopping as stop, process_group(timeout, logs=logs) as process:
+    with stopping as stop, process_group(timeout, logs=logs, run=config.run_dir) as process:
         trainer = None
         try:
             faults = Faults(process.rank, os.environ)
-            standing = on_rank_zero(begin)
+            standing, attempt = on_rank_zero(begin)
             if standing is not None:
                 if process.rank == 0:
                     tell(standing, sys.stdout)
@@ -76,7 +79,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
 
                 def give_up(named: dict[int, str]) -> None:
                     failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
-                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None)
+                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None, attempt)
 
                 with giving_up(heartbeat, give_up):
                     trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
@@ -84,7 +87,7 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
         except BaseException as error:
             patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
             failure = _as_peer_error(error, logs, patience)
-            _put_down(failure, config, process, recorder, trainer.step if trainer else None)
+            _put_down(failure, config, process, recorder, trainer.step if trainer else None, attempt)
             if failure is error:
                 raise
             raise failure from error
@@ -112,9 +115,13 @@ def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder |
     directory.own()
     with ExitStack() as refused:
         refused.callback(directory.leave)
+        for folder in (logs, directory.path / DIRECTORY):
+            require_folder(folder)
         standing = check_run_directory(directory, config)
         if standing is not None:
             return None, standing
+        for folder in (logs, directory.path / DIRECTORY):
+            require_writable(folder)
         directory.record_start(config, overrides)
         shutil.rmtree(logs / FOLDER, ignore_errors=True)
         (logs / FOLDER).mkdir(exist_ok=True)
@@ -138,10 +145,15 @@ def _peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
 
 
 def _end_from_thread(
-    failure: PeerError, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
+    failure: PeerError,
+    config: RunConfig,
+    process: ProcessInfo,
+    recorder: Recorder | None,
+    step: int | None,
+    attempt: int | None,
 ) -> NoReturn:
     """End the process while its main thread waits for what will never come."""
-    _put_down(failure, config, process, recorder, step)
+    _put_down(failure, config, process, recorder, step, attempt)
     if process.rank == 0:
         tell(f"error: {failure}")
     else:
@@ -157,9 +169,15 @@ def flight_records(logs: Path) -> str:
 
 
 def _put_down(
-    error: BaseException, config: RunConfig, process: ProcessInfo, recorder: Recorder | None, step: int | None
+    error: BaseException,
+    config: RunConfig,
+    process: ProcessInfo,
+    recorder: Recorder | None,
+    step: int | None,
+    attempt: int | None,
 ) -> None:
-    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own."""
+    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own. `attempt` is
+    that of this start, None where rank 0 has not said it yet."""
     if recorder is not None:
         try:
             recorder.close(*_last_status(error, recorder.directory, step))
@@ -171,11 +189,11 @@ def _put_down(
         # Rank 0 can neither say nor put down anything.
         tell(f"error on rank {process.rank}: {error}")
         with suppress(StorageError):  # of a status.json that somebody else wrote
-            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
     elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
         tell(f"error on rank {process.rank}: {type(error).__name__}: {error}")
         with suppress(StorageError):  # of a status.json that somebody else wrote
-            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, error)
+            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
 
 
 def _last_status(error: BaseException, directory: RunDirectory, step: int | None) -> tuple[State, int | None, str]:

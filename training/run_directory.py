@@ -25,12 +25,16 @@ from training.config import RunConfig
 from training.errors import ConfigError, StorageError
 from training.metrics import is_count, last_attempt
 from training.ownership import Ownership
+from training.run_files import require_regular
 
 KEPT_TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.json")
 """Copy of the data's tokenizer file in the run directory, so that the run can be moved and read anywhere."""
 
 LARGEST_CONFIG = 2**16
 """Bytes of a config.yaml up to which it is read."""
+
+APPENDED_TO = ("metrics.jsonl", "samples.jsonl")
+"""Files that a start goes on with."""
 
 LOGS = "logs"
 """Folder of a run directory for what ranks leave of failures, time-outs and profiles."""
@@ -83,11 +87,13 @@ class RunDirectory:
         """Makes the directory and owns it until `ownership.release` or the end of the process.
 
         Raises RunDirectoryError where a living process owns it, ConfigError where a file stands in the way, and
-        StorageError where the directory cannot be written or its status read.
+        StorageError where the directory cannot be written, its status read, or a file appended to.
         """
         try:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in APPENDED_TO:
+                require_regular(self.path / name)
             self.ownership.take()
             self.previous = self.read_status()  # of whoever owned it until now
             self._last_logged = last_attempt(self.path / "metrics.jsonl")
@@ -197,19 +203,28 @@ class RunDirectory:
         status = Status(state, step, reason, self.attempt, self.saved_step)
         write_atomically(self.path / "status.json", _json(asdict(status)))
 
-    def write_rank_failure(self, rank: int, error: BaseException) -> None:
-        """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort."""
+    def write_rank_failure(self, rank: int, attempt: int | None, error: BaseException) -> None:
+        """Puts down why a rank other than 0 fails on its own, in status.json and, in full, in logs/. Best effort.
+
+        `attempt` is that of the start which the rank belongs to, None where it does not know yet. A rank that was
+        stopped may outlive its start: what the status says of another start stays, and so does the log of its rank.
+        """
+        status = self.previous
+        is_of_this_start = status is not None and status.attempt == attempt
+        start = "" if is_of_this_start else f".attempt_{'unknown' if attempt is None else attempt}"
         with contextlib.suppress(OSError, StorageError):
             logs = self.path / LOGS
             logs.mkdir(exist_ok=True)
-            (logs / f"rank_{rank:05d}.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            status = self.previous or Status("running", 0, "", 0)
-            status = replace(status, state="failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
-            write_atomically(self.path / "status.json", _json(asdict(status)))
+            said = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+            write_atomically(logs / f"rank_{rank:05d}{start}.log", said)
+            if status is not None and is_of_this_start:
+                status = replace(status, state="failed", reason=f"rank {rank}: {type(error).__name__}: {error}")
+                write_atomically(self.path / "status.json", _json(asdict(status)))
 
     def read_status(self) -> Status | None:
         """How the last start stands, None where there was none. Raises StorageError where it cannot be read."""
         path = self.path / "status.json"
+        require_regular(path)
         try:
             # An older version put down no saved step.
             values = {"saved_step": 0} | json.loads(path.read_bytes())

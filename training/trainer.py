@@ -27,6 +27,7 @@ from parallel.sharding import TensorPart, logical_shapes
 from parallel.timeline import Action
 from parallel.traffic import Traffic
 from training.assembly import assemble, compiled_parts
+from training.batch_checks import check_batch_epochs
 from training.checkpoint import choose_checkpoint, load_checkpoint
 from training.checkpoint_saver import CheckpointSaver
 from training.checkpoint_storage import Retention
@@ -263,6 +264,8 @@ class Trainer:
         digests = on_rank_zero(lambda: open_all().digests)
         wait_until_visible(Path(f"{data_prefix(config.data, config.out_dir)}.idx"))
         splits = open_all(digests)
+        if problems := list(check_batch_epochs(config, splits.train.samples_per_epoch)):
+            raise ConfigError(*problems)
         self.tokenizer_digest = on_rank_zero(self._keep_tokenizer)
         if config.train.eval_interval and splits.validation is None:
             raise ConfigError(f"train.eval_interval={config.train.eval_interval}, but {splits.absent['validation']}")

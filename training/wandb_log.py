@@ -77,7 +77,7 @@ def _start(mode: str, project: str, run_dir: Path, name: str, config: dict[str, 
 
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
-    if not path.exists():
+    if not path.is_file():
         write_atomically(path, secrets.token_hex(8).encode())
     return path.read_text(encoding="utf-8").strip()
 

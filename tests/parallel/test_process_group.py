@@ -1,5 +1,7 @@
 """What rank 0 decides reaches every rank, errors included; a process alone is a group of one."""
 
+import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,6 +59,26 @@ def test_a_process_alone_is_a_group_of_one(monkeypatch):
     with pytest.raises(RuntimeError, match="inside"), process_group(timedelta(seconds=10)):
         raise RuntimeError("inside")
     assert not dist.is_initialized()
+
+
+def sum_where_rank_zero_keeps_the_store(rank, world_size, port):
+    environment = os.environ | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    with process_group(timedelta(seconds=30), environment, run="run") as process:
+        total = torch.tensor(float(process.rank + 1))
+        dist.all_reduce(total)
+        return total.item(), process.rank, process.world_size
+
+
+def test_ranks_without_a_launchers_store_meet_in_that_of_rank_zero():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found = run_ranks(3, sum_where_rank_zero_keeps_the_store, port, initialize=False)
+    assert found == [(6.0, rank, 3) for rank in range(3)]
+
+
+def test_a_world_of_one_needs_no_address():
+    with process_group(timedelta(seconds=10), {"WORLD_SIZE": "1", "RANK": "0"}) as process:
+        assert (process.rank, process.world_size) == (0, 1)
 
 
 def test_flight_records_lie_with_the_run_unless_the_user_says_where(monkeypatch, tmp_path):

@@ -260,6 +260,18 @@ BAD = [
         "2 data-parallel ranks * train.micro_batch_size=5",
         "train.global_batch_size=20 or 30, or train.micro_batch_size=4 or 6",
     ),
+    (
+        "train.global_batch_size=1000000000000",
+        "train.global_batch_size=1000000000000: a global batch of 1000000000000 samples over 1 data-parallel rank is",
+        "more than fits into memory: token ids of a sample of data.seq_length=",
+        "; try at most train.global_batch_size=",
+    ),
+    ("train.global_batch_size=1000000000000000003 world_size=2", "more than fits into memory", "try at most"),
+    (
+        "train.global_batch_size=1000000000000000003 world_size=2 parallel.pp=2 parallel.pp_schedule=zb",
+        "more than fits into memory",
+    ),
+    ("train.batch_schedule='0:8 1T:1000000000000'", "train.batch_schedule='0:8 1T:1000000000000': a global batch of"),
     # the schedule
     ("schedule.warmup_steps=100", "leaves nothing of train.steps=100", "at most 99"),
     ("schedule.steps=10 schedule.warmup_steps=10", "leaves nothing of schedule.steps=10"),

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -119,3 +120,17 @@ def test_who_is_gone_is_named_before_who_is_busy(tmp_path):
         gone.beat(None)
         assert list(culprits(tmp_path, 0)) == [3]
         assert "rank 3 is gone: step 7, waiting for others" in culprits(tmp_path, 0)[3]
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_rank_that_outlived_its_start_takes_nothing_from_the_next_one(tmp_path, removed):
+    orphan = Heartbeat(tmp_path, 1, 100)
+    orphan.beat("something of then")
+    if removed:  # as every start does, where the file system lets it
+        shutil.rmtree(tmp_path / FOLDER)
+    with Heartbeat(tmp_path, 1, 100) as hung, hung.during("something of now"):
+        orphan.beat("something else of then")
+        orphan.pulse()
+        orphan.__exit__(None, None, None)
+        assert "rank 1 does not answer: step 0, something of now" in culprits(tmp_path, 0)[1]
+    assert not list((tmp_path / FOLDER).iterdir())

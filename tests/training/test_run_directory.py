@@ -114,11 +114,26 @@ def test_a_failing_rank_leaves_its_traceback_and_the_reason(tmp_path: Path):
     try:
         raise ValueError("no such sample")
     except ValueError as error:
-        RunDirectory(tmp_path).write_rank_failure(3, error)
+        RunDirectory(tmp_path).write_rank_failure(3, 0, error)
     status = RunDirectory(tmp_path).previous
     assert status is not None
     assert (status.state, status.step, status.reason) == ("failed", 20, "rank 3: ValueError: no such sample")
     assert "Traceback" in (tmp_path / "logs" / "rank_00003.log").read_text()
+
+
+@pytest.mark.parametrize("attempt", [0, None])
+def test_a_rank_of_another_start_says_nothing_in_the_status_of_this_one(tmp_path: Path, attempt: int | None):
+    for _ in range(2):
+        RunDirectory(tmp_path).write_status("running", 20, "training")
+    RunDirectory(tmp_path).write_rank_failure(3, 1, ValueError("of this start"))
+    before = (tmp_path / "status.json").read_bytes()
+    RunDirectory(tmp_path).write_rank_failure(3, attempt, ValueError("of a start that is over"))
+    assert (tmp_path / "status.json").read_bytes() == before
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    (other,) = logs.keys() - {"rank_00003.log"}
+    assert "of this start" in logs["rank_00003.log"]
+    assert other == f"rank_00003.attempt_{'unknown' if attempt is None else attempt}.log"
+    assert "of a start that is over" in logs[other]
 
 
 STATUS = {"state": "running", "step": 3, "reason": "", "attempt": 0, "saved_step": 0}

@@ -2,11 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from training import stop
 from training.stop import StopRequest, stoppable
+
+ROOT = Path(stop.__file__).parent.parent
 
 
 @pytest.fixture
@@ -121,3 +126,35 @@ def test_the_file_goes_where_it_was_heeded_and_stays_for_the_next_start_otherwis
     request.reason = reason
     request.settle(completed=completed)
     assert request.file.exists() is stays
+
+
+READS_FOR_EVER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import numpy as np
+from data.batches import BatchReader
+from data.gpt_dataset import Sample
+from training.stop import stoppable
+
+class Slow:
+    def sample(self, index):
+        time.sleep(0.01)
+        return Sample(0, 0, index, np.zeros(9, dtype=np.int64))
+
+def send_twice():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+with stoppable(Path("STOP")) as request:
+    request.heeded = True
+    threading.Thread(target=send_twice).start()
+    BatchReader(Slow(), lambda _: 10**6, 10**6, 0, 1, num_workers=int(sys.argv[1])).read(0)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_second_signal_ends_a_process_that_reads_a_batch(workers):
+    command = [sys.executable, "-c", READS_FOR_EVER, str(workers)]
+    done = subprocess.run(command, cwd=ROOT, timeout=20, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
