@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"pretrain_gpt": 5, "tools": 5, "training": 4, "models": 3, "core": 2, "parallel": 1}
 FOLDERS = ("tools", "training", "models", "core", "parallel", "data")
+STUDIED = ("core", "models", "parallel", "data")
+"""What a reader studies; the other folders run it."""
 PICKLES = r"_?pickle|cPickle|pickletools|cloudpickle|dill|jsonpickle|joblib|marshal|shelve|multiprocessing\.reduction"
 RUNS_DATA = (
     rf"({PICKLES})(\..*)?",
@@ -168,7 +170,12 @@ def test_a_line_of_code_is_neither_blank_nor_said_about_it():
 
 
 def test_the_source_stays_within_its_budget():
-    assert sum(lines_of_code(source.read_text(encoding="utf-8")) for source in SOURCES) < 10_000
+    lines = {"studied": 0, "runs it": 0}
+    for source in SOURCES:
+        kind = "studied" if source.relative_to(ROOT).parts[0] in STUDIED else "runs it"
+        lines[kind] += lines_of_code(source.read_text(encoding="utf-8"))
+    assert lines["studied"] < 8_000
+    assert lines["runs it"] < 8_500
 
 
 def test_every_document_that_is_linked_is_there():
