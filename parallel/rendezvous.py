@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 Result = TypeVar("Result")
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25
-"""Seconds between two looks at the store, at first and in the end."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.25
+"""Seconds between two looks at the store: a tenth of the time that has passed, within these."""
 SECONDS_FOR_RANK_ZERO = 10.0
 """How much longer than rank 0 the others wait, so that it says who has not come."""
+SECONDS_TO_SPARE = 10.0
+"""For what is still to be said then; only a store that does not answer takes longer."""
 SECONDS_TO_ANSWER = 5.0
 """Within which a store that is there answers."""
 TOGETHER = "together"
@@ -46,7 +48,7 @@ def meet(rank: int, world_size: int, timeout: timedelta, environment: Mapping[st
     """
     meeting = _Meeting(rank, world_size, timeout.total_seconds(), environment, run)
     try:
-        return interruptible(meeting.hold, timeout.total_seconds() + 2 * SECONDS_FOR_RANK_ZERO)
+        return interruptible(meeting.hold, timeout.total_seconds() + SECONDS_FOR_RANK_ZERO + SECONDS_TO_SPARE)
     except TimeoutError:
         raise meeting.nobody_answers() from None
     finally:
@@ -175,16 +177,17 @@ class _Meeting:
     def _wait(self, store: Store) -> None:
         """Until there is a verdict. Raises RendezvousError where it is another than that all are together."""
         patience = 0.0 if self._rank == 0 else SECONDS_FOR_RANK_ZERO
-        pause = FIRST_PAUSE
+        began = time.monotonic()
         while not store.check(["verdict"]):
             if time.monotonic() > self._deadline + patience:
                 self._decide(store, NO_ANSWER, self._who_is_missing(store))
-            elif self.over.wait(pause):
+                break
+            pause = min(max((time.monotonic() - began) / 10, SHORTEST_PAUSE), LONGEST_PAUSE)
+            if self.over.wait(pause):
                 return
-            pause = min(2 * pause, LONGEST_PAUSE)
         code, _, message = store.get("verdict").decode().partition(" ")
         if message != TOGETHER:
-            if self._rank == 0:
+            if self._rank == 0 and not self._launcher_keeps_it:
                 self.over.wait(2 * LONGEST_PAUSE)  # the store goes with this process, and the others read it first
             raise RendezvousError(message, int(code), unheard=not store.check([_key(0)]))
 

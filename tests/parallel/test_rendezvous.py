@@ -113,7 +113,8 @@ def test_nobody_at_the_address_is_said_by_who_looked(port, impatient):
     assert seconds < 10
 
 
-def test_a_port_at_which_something_else_listens_is_refused_and_never_waited_for(impatient):
+def test_a_port_at_which_something_else_listens_is_refused_and_never_waited_for(impatient, monkeypatch):
+    monkeypatch.setattr(rendezvous, "SECONDS_TO_SPARE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         (error,), seconds = come(port, 2, [0])
@@ -124,12 +125,14 @@ def test_a_port_at_which_something_else_listens_is_refused_and_never_waited_for(
         assert (error.exit_code, error.unheard, seconds < 10) == (76, True, True)
 
 
-def test_runs_at_one_address_do_not_meet(port, impatient):
+def test_runs_at_one_address_do_not_meet(impatient):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    more = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(come, port, 2, [0], 1.0, "one")
-        (error,), _ = come(port, 2, [1], 1.0, "other")
-        assert "RANK 0;" in str(error)
-        assert "RANK 1;" in str(waiting.result()[0][0])
+        waiting = pool.submit(come, store.port, 2, [0], 0.5, "one", **more)
+        (error,), _ = come(store.port, 2, [1], 0.5, "other", **more)
+    assert "RANK 0;" in str(error)
+    assert "RANK 1;" in str(waiting.result()[0][0])
 
 
 def test_ranks_that_a_launcher_starts_again_meet_in_its_store_again():
