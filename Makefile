@@ -26,8 +26,9 @@ pretrain: $(VENV)/.run
 	@echo "                 $(BIN)/python pretrain_gpt.py name=my_text data=files data.path=outputs/my_text train.steps=1000"
 	@echo "  every setting  $(BIN)/python pretrain_gpt.py --help"
 
+# Two files of tests at a time: a test of one process leaves the other core idle.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 parity: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parity.matrix
