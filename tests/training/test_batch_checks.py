@@ -85,7 +85,7 @@ def test_data_that_is_there_bounds_the_batch_of_a_configuration(tmp_path: Path, 
         for _ in range(10):
             writer.add_document(np.arange(101))
     if described:
-        Metadata("bytes", 257, 256, 10, 1010, 0, {}, None).write(tmp_path / "x")
+        Metadata("bytes", 257, 256, 10, 1010, 0, {"bin": "", "idx": ""}, None).write(tmp_path / "x")
     words = [f"data.path={tmp_path}/x", "data.tokenizer=bytes", "model=tiny", "data.seq_length=10"]
     samples = 100 if described else 201  # a token may be a byte, as long as nobody has read how wide it is
     assert resolve(compose([*words, f"train.global_batch_size={1000 * samples}"]), {})
