@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from training.compose import compose, compose_sweep, resolve, to_yaml
-from training.config import RunConfig
-from training.errors import SECONDS_FOR_LAST_WORDS, ConfigError
-from training.help import help_page
-from training.overrides import read_command_line
-from training.streams import flush_streams, open_missing_streams, tell
-from training.summary import summary
+from runtime.errors import SECONDS_FOR_LAST_WORDS, ConfigError
+from runtime.streams import flush_streams, open_missing_streams, tell
+from settings.command_line import read_command_line
+from settings.compose import compose, compose_sweep, to_yaml
+from settings.config import RunConfig
+from settings.help_page import help_page
+from settings.resolve import resolve
+from settings.summary import summary
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.directory import Retention
+from checkpoint.load import choose_checkpoint, load_checkpoint
+from checkpoint.save import CheckpointSaver
 from parallel.process_group import process_group
-from training.checkpoint import choose_checkpoint, load_checkpoint
-from training.checkpoint_saver import CheckpointSaver
-from training.checkpoint_storage import Retention
 
 ROWS, COLUMNS = 1024, 4096
 

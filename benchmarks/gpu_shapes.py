@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from core.config import ModelConfig
-from training.compose import compose
+from settings.compose import compose
 
 TRAINER_STEPS = {"full": 120, "tiny": 12}
 """Steps of the run that the trainer's part takes."""

@@ -18,8 +18,8 @@ from benchmarks.gpu_variants import VARIANTS
 from benchmarks.steps import Step, kilotron_step, transformers_step
 from core.config import ModelConfig
 from core.flops import flops_per_token
+from monitoring.throughput import peak_flops
 from parallel.process_group import process_group
-from training.hardware import peak_flops
 
 Row = dict[str, Any]
 """What is known of a figure, by name; plain values only."""

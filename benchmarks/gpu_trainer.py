@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_step import Row
-from training.metrics import read_metrics
+from monitoring.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.02

@@ -14,7 +14,7 @@ from parallel.config import ParallelConfig
 from parallel.data_parallel import shard_data_parallel
 from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
-from training.config import OptimizerConfig
+from settings.config import OptimizerConfig
 from training.optimizer import build_optimizer
 from training.precision import choose_precision
 from training.train_step import TrainStep

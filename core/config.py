@@ -85,7 +85,7 @@ class ModelConfig:
     def vocabulary(self) -> int:
         """Rows of the embedding, once the configuration is resolved. Raises ValueError before."""
         if self.vocab_size is None:
-            raise ValueError("model.vocab_size is null: it is known once the tokenizer is (training.compose.resolve)")
+            raise ValueError("model.vocab_size is null: it is known once the tokenizer is (settings.resolve)")
         return self.vocab_size
 
     def resolved(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data.errors import CorruptDataError, DataPathError
-from data.files import is_there, unique_keys
+from runtime.errors import CorruptDataError, DataPathError
+from runtime.files import is_there, unique_keys
 
 _JSON_LINES = (".jsonl", ".json")
 _FOUND_IN_FOLDERS = (".txt", ".jsonl")

@@ -8,9 +8,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import CorruptDataError, DataPathError
 from data.indexed_dataset import IndexedDataset
 from data.permutation import KeyedPermutation, derive_key
+from runtime.errors import CorruptDataError, DataPathError
 
 
 @dataclass(frozen=True, eq=False)

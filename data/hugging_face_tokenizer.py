@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import tiktoken
 
-from data.errors import TokenizerError
 from data.vocabulary import tokenizer_vocabulary
+from runtime.errors import TokenizerError
 
 
 class HuggingFaceTokenizer:

@@ -9,9 +9,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import CorruptDataError
-from data.files import publish, require_pair, temporary_name
+from data.locations import require_pair
 from data.positioned_file import PositionedFile
+from runtime.errors import CorruptDataError
+from runtime.files import publish, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1

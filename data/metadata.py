@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from data.errors import CorruptDataError
-from data.files import is_there, write_whole
+from runtime.errors import CorruptDataError
+from runtime.files import is_there, write_whole
 
 _FORMAT = 1
 

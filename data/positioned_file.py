@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import CorruptDataError
+from runtime.errors import CorruptDataError
 
 
 class PositionedFile:

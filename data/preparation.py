@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import CorruptDataError
-from data.files import publish, sha256_of, temporary_directory, write_whole
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from data.metadata import Metadata
 from data.permutation import KeyedPermutation, derive_key
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.vocabulary import JSON_SUFFIX, is_tokenizer_file, tokenizer_files
+from runtime.errors import CorruptDataError
+from runtime.files import publish, sha256_of, temporary_directory, write_whole
 
 _BATCH_CHARACTERS = 1 << 22
 _TEMPORARY = r"\.{}(\.(bin|idx|meta\.json|tiktoken|tokenizer\.json|tokenizer_config\.json))?\.[0-9a-f]{{12}}\.tmp"

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.config import DataConfig
-from data.errors import DataPathError
-from data.files import temporary_directory
 from data.locations import sample_prefix
 from data.preparation import prepare_documents
 from data.tokenizer import save_tiktoken, train_tokenizer
+from runtime.errors import DataPathError
+from runtime.files import temporary_directory
 
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST_DOCSTRING = 40

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
-from data.errors import CorruptDataError, DataPathError
 from data.gpt_dataset import GPTDataset, split_documents
 from data.indexed_dataset import IndexedDataset
 from data.locations import data_prefix
 from data.metadata import Metadata, read_metadata
 from data.positioned_file import PositionedFile
+from runtime.errors import CorruptDataError, DataPathError
 
 FILES = {"bin": "tokens", "idx": "documents"}
 """What the files of a pair hold, by the suffixes under which the fingerprint has their digests."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import tiktoken
 
-from data.errors import TokenizerError
-from data.files import write_whole
 from data.hugging_face_tokenizer import HuggingFaceTokenizer, byte_level_alphabet
 from data.vocabulary import JSON_SUFFIX, TIKTOKEN_SUFFIX, tokenizer_vocabulary
+from runtime.errors import TokenizerError
+from runtime.files import write_whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SPLIT_PATTERN = (

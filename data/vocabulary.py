@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
-from data.errors import DataPathError, TokenizerError
-from data.files import is_there, read_object, require_pair, sha256_of
-from data.locations import sample_prefix
+from data.locations import require_pair, sample_prefix
 from data.metadata import Metadata, read_metadata
+from runtime.errors import DataPathError, TokenizerError
+from runtime.files import is_there, read_object, sha256_of
 
 TIKTOKEN_SUFFIX = ".tiktoken"
 JSON_SUFFIX = ".json"

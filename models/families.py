@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from core.config import ModelConfig
-from data.errors import DataPathError
-from data.files import read_object
 from models.gpt2 import GPT2
-from models.hugging_face import Family, HuggingFaceDirectory, HuggingFaceError, weight_files
+from models.hugging_face import Family, HuggingFaceDirectory, weight_files
 from models.llama import LLAMA
+from runtime.errors import DataPathError, HuggingFaceError
+from runtime.files import read_object
 
 FAMILIES = (GPT2, LLAMA)
 HUGGING_FACE_PREFIX = "hf:"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from core.config import ModelConfig
-from data.files import read_object
+from runtime.errors import HuggingFaceError
+from runtime.files import read_object
 
 HEAD, WORDS = "head.weight", "embedding.word.weight"
 OTHER_FILES = (
@@ -20,12 +21,6 @@ OTHER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 )
 """Files that accompany the weights and go through import and export as they are."""
-
-
-class HuggingFaceError(Exception):
-    """A Hugging Face directory that cannot be used, or a model that no family can express."""
-
-    exit_code = 78
 
 
 class Setting(NamedTuple):

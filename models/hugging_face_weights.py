@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.files import safetensors_header
-from models.hugging_face import HEAD, WORDS, HuggingFaceDirectory, HuggingFaceError, TensorRule
+from models.hugging_face import HEAD, WORDS, HuggingFaceDirectory, TensorRule
 from parallel.sharding import local_box, local_values
+from runtime.errors import HuggingFaceError
+from runtime.files import safetensors_header
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -23,9 +23,9 @@ from torch.distributed.pipelining import (
 from parallel.config import ParallelConfig
 from parallel.data_parallel import Batch, DataParallel, Scaling, before_backward, take_up_gradients
 from parallel.mesh import ParallelMesh
+from parallel.schedule_timeline import Action
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, rank_of_stage, stages_of_rank
 from parallel.tensor import DeferredGradients, local
-from parallel.timeline import Action
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,

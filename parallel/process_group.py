@@ -1,12 +1,11 @@
 """Joining and leaving the process group: who this rank is, which device it has, and which backend connects it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,6 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from parallel.rendezvous import meet
 
-Result = TypeVar("Result")
 FLIGHT_RECORD = "nccl_trace_rank_"
 """How the files begin that NCCL's flight recorder writes; the rank follows."""
 WATCHDOG_DELAY = timedelta(minutes=1)
@@ -96,37 +94,3 @@ def _device(environment: Mapping[str, str]) -> torch.device:
     device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-class RankZeroError(RuntimeError):
-    """Rank 0 failed, in a way that is its own to tell, at what it did for all ranks."""
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an error says that another rank failed, left or did not answer, rather than what went wrong here."""
-    if isinstance(error, dist.DistError | RankZeroError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error)
-
-
-def on_rank_zero(action: Callable[[], Result]) -> Result:
-    """Let rank 0 alone act, and give every rank its result, or its error, so that all ranks go the same way.
-
-    A collective call; the result travels, so it should be small. An error with an `exit_code` is raised alike on every
-    rank; any other on rank 0 alone, and RankZeroError on the rest.
-    """
-    outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
-    own_failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(action(), None)]
-        except Exception as error:
-            own_failure = error
-            # Exceptions of libraries may not survive the journey.
-            travels = hasattr(error, "exit_code")
-            outcome = [(None, error if travels else RankZeroError(f"{type(error).__name__}: {error}"))]
-    dist.broadcast_object_list(outcome, src=0)
-    result, failure = outcome[0]
-    if failure is not None:
-        raise own_failure or failure
-    return cast(Result, result)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from parallel.local_ranks import PRELOADED
+from verification.local_ranks import PRELOADED
 
 # A loaded machine is no failure.
 settings.register_profile("patient", deadline=None)
@@ -22,7 +22,7 @@ settings.load_profile("patient")
 USED_BY_TESTS = [
     "pretrain_gpt",
     "training.run",
-    "training.parity",
+    "verification.parity",
     "parallel.pipeline",
     "matplotlib.backends.backend_agg",
 ]

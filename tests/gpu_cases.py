@@ -17,28 +17,29 @@ import numpy as np
 import torch
 
 import pretrain_gpt
+from checkpoint.host_copy import HostCopy
 from core.attention import SelfAttention
 from core.config import ModelConfig
 from core.rotary import rotary_table
 from data.batches import MicroBatch
 from data.preparation import prepare_documents
 from models.gpt import build_meta_model
+from monitoring.metrics import read_metrics
 from parallel.gradients import local_gradients
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
 from parallel.process_group import ProcessInfo, process_group
 from parallel.tensor import TensorParallel, local
+from runtime.fault_injection import VARIABLE, Faults
+from settings.compose import compose
+from settings.config import RunConfig
+from settings.resolve import resolve
 from tests.core.test_block import Watch
-from training.assembly import assemble
-from training.compose import compose, resolve
-from training.config import RunConfig
-from training.faults import VARIABLE, Faults
-from training.host_copy import HostCopy
-from training.metrics import read_metrics
+from training.build import assemble
 from training.optimizer import build_optimizer
 from training.precision import PRECISIONS, build_loss_scale
 from training.train_step import TrainStep, batch_to_device
+from verification.local_ranks import run_ranks
 
 ROOT = Path(pretrain_gpt.__file__).parent
 SMALL = ["model=tiny", "model.num_layers=3", "data=files", "data.split=[90,5,5]", "data.seq_length=48",

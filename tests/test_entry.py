@@ -9,7 +9,7 @@ import pytest
 
 import pretrain_gpt
 from parallel.rendezvous import RendezvousError
-from training.errors import ConfigError
+from runtime.errors import ConfigError
 
 ENTRY = Path(pretrain_gpt.__file__)
 

@@ -19,7 +19,6 @@ from core.config import ModelConfig
 from core.loss import LinearCrossEntropy, compiles_loss
 from models.gpt import build_meta_model
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from tests.core.test_block import Watch
 from tests.gpu_cases import (
     SECONDS,
@@ -33,6 +32,7 @@ from tests.gpu_cases import (
     peak_bytes,
     relative_error,
 )
+from verification.local_ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 several_ranks = pytest.mark.nccl

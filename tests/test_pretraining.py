@@ -18,14 +18,14 @@ from safetensors import safe_open
 
 import pretrain_gpt
 from data.batches import BatchReader
-from data.errors import CorruptDataError
 from data.indexed_dataset import IndexedDatasetWriter
-from parallel.local_ranks import run_ranks
+from monitoring.run_directory import RunDirectory
+from monitoring.throughput import PEAK_TERAFLOPS
+from runtime.errors import ConfigError, CorruptDataError, NonFiniteError, PeerError, RunDirectoryError, StorageError
+from settings.compose import compose
+from settings.resolve import resolve
 from tools.describe import describe
-from training.compose import compose, resolve
-from training.errors import ConfigError, NonFiniteError, PeerError, RunDirectoryError, StorageError
-from training.hardware import PEAK_TERAFLOPS
-from training.run_directory import RunDirectory
+from verification.local_ranks import run_ranks
 
 SMALL = ["model=tiny", "model.num_layers=3", "data=sample", "data.seq_length=48", "train.global_batch_size=8",
          "log.sample_ids=true", "optimizer.lr=1e-2"]  # fmt: skip

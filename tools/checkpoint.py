@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.advice import counted
-from training.errors import ConfigError, DamageError, StorageError
-from training.manifest import CORRUPT, LEFT, MANIFEST_NAME, TEMPORARY, Manifest, read_manifest, verify
+from checkpoint.manifest import CORRUPT, LEFT, MANIFEST_NAME, TEMPORARY, Manifest, read_manifest, verify
+from runtime.errors import ConfigError, DamageError, StorageError
+from runtime.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

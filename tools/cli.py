@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from training.streams import flush_streams, open_missing_streams, tell
+from runtime.streams import flush_streams, open_missing_streams, tell
 
 _STORAGE_FAILED = 74
 _INTERRUPTED = 130

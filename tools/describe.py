@@ -8,9 +8,11 @@ from typing import Any
 
 from core.flops import flops_per_token
 from parallel.config import ParallelConfig
-from tools.layouts import number_bytes, optimizer_numbers, without_missing_data
-from training.compose import compose, resolve
-from training.config import CheckpointConfig, RunConfig
+from planning.layouts import without_missing_data
+from planning.memory import number_bytes, optimizer_numbers
+from settings.compose import compose
+from settings.config import CheckpointConfig, RunConfig
+from settings.resolve import resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

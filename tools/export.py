@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint.manifest import Manifest
     from models.hugging_face import TensorRule
-    from training.config import RunConfig
-    from training.manifest import Manifest
+    from settings.config import RunConfig
 
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 DTYPES |= {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from parallel.process_group import process_group
+    from runtime.errors import ConfigError
     from tools.reading import read_run
-    from training.errors import ConfigError
 
     if arguments.output.exists():
         raise ConfigError(f"{arguments.output} is there already; name a new directory")
@@ -58,12 +58,12 @@ def _export(arguments: argparse.Namespace, path: Path, manifest: "Manifest") -> 
     """Writes the checkpoint at `path` as a Hugging Face directory; returns what to say."""
     import torch
 
-    from data.files import publish_directory, temporary_directory
+    from checkpoint.load import load_checkpoint
+    from checkpoint.tensor_files import TORCH_DTYPES
     from models.families import family_for, family_of
     from models.hugging_face import HEAD, WORDS
-    from training.checkpoint import load_checkpoint
-    from training.checkpoint_storage import TORCH_DTYPES
-    from training.stored_config import config_of
+    from runtime.files import publish_directory, temporary_directory
+    from settings.stored import config_of
 
     config = config_of(path, manifest)
     # What an import found; a run that was trained has the family's own forms.
@@ -104,9 +104,9 @@ def write_weights(
     """Writes safetensors files of at most `limit` bytes, or one tensor, and their index where there are several."""
     import torch
 
+    from checkpoint.tensor_files import safetensors_layout
     from models.hugging_face_weights import join
-    from training.checkpoint_storage import safetensors_layout
-    from training.errors import ConfigError
+    from runtime.errors import ConfigError
 
     sizes = {rule: math.prod(shape) * dtype.itemsize for rule, (dtype, shape) in layout.items()}
     shards: list[list[TensorRule]] = [[]]
@@ -137,12 +137,12 @@ def _write_tokenizer(run_dir: Path, config: "RunConfig", folder: Path, digest: o
 
     Raises ConfigError where the tokenizer's file is not that of the `digest`.
     """
-    from data.errors import CorruptDataError, DataPathError, TokenizerError
     from data.hugging_face_tokenizer import tokenizer_json
     from data.tokenizer import END_OF_DOCUMENT, TiktokenTokenizer, load_tokenizer
     from data.vocabulary import tokenizer_files
     from models.hugging_face import copy_others
-    from training.run_directory import RunDirectory
+    from monitoring.run_directory import RunDirectory
+    from runtime.errors import CorruptDataError, DataPathError, TokenizerError
 
     copy_others(run_dir, folder)
     try:

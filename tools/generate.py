@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from checkpoint.manifest import Manifest
     from data.tokenizer import Tokenizer
     from models.gpt import GPTModel
-    from training.config import RunConfig
-    from training.manifest import Manifest
+    from settings.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and its continuation. Raises ConfigError, StorageError or TokenizerError."""
     from data.tokenizer import load_tokenizer
     from models.generation import Sampling, generate
-    from training.errors import ConfigError
-    from training.run_directory import RunDirectory
+    from monitoring.run_directory import RunDirectory
+    from runtime.errors import ConfigError
 
     _check(arguments)
     config, model, origin, state = load_model(arguments.run_dir, arguments.step)
@@ -67,12 +67,12 @@ def load_model(run_dir: Path, step: str) -> "tuple[RunConfig, GPTModel, Path, di
     """
     import torch
 
+    from checkpoint.load import load_checkpoint
     from models.gpt import build_meta_model
     from parallel.initialization import allocate
     from parallel.process_group import process_group
+    from settings.stored import config_of
     from tools.reading import read_run
-    from training.checkpoint import load_checkpoint
-    from training.stored_config import config_of
 
     # An empty environment: whatever launcher started this, it stays alone.
     with process_group(timedelta(minutes=1), {}) as process:
@@ -102,7 +102,7 @@ def _warn_of_a_cut_file(tokenizer: "Tokenizer", config: "RunConfig", state: dict
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from training.errors import ConfigError
+    from runtime.errors import ConfigError
 
     for name, legal, limits in (
         ("temperature", arguments.temperature == 0 or 1e-6 <= arguments.temperature < math.inf, "0, or 1e-06 or more"),

@@ -16,18 +16,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the directory, whole or not at all. Raises ConfigError or HuggingFaceError."""
     import torch
 
-    from data.files import publish_directory, sha256_of, temporary_directory
+    from checkpoint.save import save_checkpoint
     from models.families import open_directory
     from models.gpt import build_meta_model
     from models.hugging_face import copy_others
     from models.hugging_face_weights import HuggingFaceWeights
+    from monitoring.run_directory import RunDirectory
     from parallel.process_group import process_group
     from parallel.sharding import logical_shapes
-    from training.checkpoint_saver import save_checkpoint
-    from training.checks import check_choices, check_ranges, check_relations
-    from training.config import RunConfig
-    from training.errors import ConfigError
-    from training.run_directory import RunDirectory
+    from runtime.errors import ConfigError
+    from runtime.files import publish_directory, sha256_of, temporary_directory
+    from settings.checks.rules import check_relations
+    from settings.checks.values import check_choices, check_ranges
+    from settings.config import RunConfig
 
     source, output = open_directory(arguments.source), arguments.output
     config = RunConfig(name=output.name, out_dir=str(output.parent), model=source.model)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from training.compose import compose, resolve
-from training.errors import ConfigError
-from training.run_directory import write_atomically
-from training.summary import summary
+from runtime.errors import ConfigError
+from runtime.files import write_atomically
+from settings.compose import compose
+from settings.resolve import resolve
+from settings.summary import summary
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATE = CHECKOUT / "slurm" / "pretrain.sbatch"

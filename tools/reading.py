@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from parallel.process_group import on_rank_zero
-from training.checkpoint import choose_checkpoint, was_replaced
-from training.errors import ConfigError, RemovedError, StorageError
-from training.manifest import Manifest
-from training.settings import closest
+from checkpoint.load import choose_checkpoint, was_replaced
+from checkpoint.manifest import Manifest
+from parallel.agreement import on_rank_zero
+from runtime.errors import ConfigError, RemovedError, StorageError
+from runtime.messages import closest
 
 MOST_READS = 20
 """How often a checkpoint is read anew that was removed meanwhile."""

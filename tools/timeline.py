@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from parallel.timeline import Action, as_text, bubble, ideal_bubble, most_in_flight, peak_in_flight, simulate
-from training.compose import compose, resolve
-from training.config import CheckpointConfig, RunConfig
-from training.errors import ConfigError
+from parallel.schedule_timeline import Action, as_text, bubble, ideal_bubble, most_in_flight, peak_in_flight, simulate
+from runtime.errors import ConfigError
+from settings.compose import compose
+from settings.config import CheckpointConfig, RunConfig
+from settings.resolve import resolve
 
 VOCABULARY, WIDTH, LENGTH = 16, 8, 4
 MOST_RANKS = 16
@@ -41,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     layout, micro_batches = config.parallel, config.accumulation_steps
 
     # Only now, so that a configuration is refused before torch takes its seconds to load.
-    from parallel.local_ranks import run_ranks
-    from training.plot import draw_timeline
+    from monitoring.plot import draw_timeline
+    from verification.local_ranks import run_ranks
 
     orders = run_ranks(layout.pp, executed_order, config)
     spans = simulate(orders, layout.stages)
@@ -94,7 +95,7 @@ def executed_order(rank: int, world_size: int, config: RunConfig) -> list[Action
     from parallel.initialization import materialize
     from parallel.mesh import ParallelMesh
     from parallel.pipeline import Pipeline
-    from training.assembly import assemble
+    from training.build import assemble
 
     device = torch.device("cpu")
     pipeline = assemble(config, ParallelMesh(config.parallel, "cpu"), device)

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains and saves the tokenizer. Raises DataPathError, CorruptDataError or TokenizerError."""
     from data.documents import read_documents
-    from data.errors import DataPathError, TokenizerError
     from data.tokenizer import save_tiktoken, train_tokenizer
     from data.vocabulary import TIKTOKEN_SUFFIX
+    from runtime.errors import DataPathError, TokenizerError
 
     output: Path = arguments.output
     if output.suffix != TIKTOKEN_SUFFIX:

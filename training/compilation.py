@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from core.compilation import missing_compiler
-from training.config import RunConfig
-from training.errors import ConfigError
-from training.pipeline_checks import compile_refusal
+from runtime.errors import ConfigError
+from settings.checks.pipeline import compile_refusal
+from settings.config import RunConfig
 
 
 @dataclass(frozen=True)

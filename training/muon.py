@@ -7,7 +7,7 @@ import torch
 
 from parallel.matrix_exchange import MatrixExchange
 from parallel.tensor import local
-from training.config import OptimizerConfig
+from settings.config import OptimizerConfig
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that, repeated, drives singular values towards one: steepest at zero, so that five steps do."""

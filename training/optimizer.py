@@ -1,20 +1,18 @@
 """Building the optimizer, and its state as named tensors."""
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from parallel.sharding import Box, TensorPart, local_box, tensor_part
-from training.config import OptimizerConfig
-from training.errors import ConfigError
-from training.manifest import Manifest
+from parallel.sharding import TensorPart, tensor_part
+from runtime.errors import ConfigError
+from runtime.messages import closest
+from settings.config import OptimizerConfig
+from settings.parameter_groups import parse_group
 from training.muon import Muon
-from training.parameter_groups import parse_group
-from training.settings import closest
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, names: Collection[str] = ()) -> torch.optim.Optimizer:
@@ -81,23 +79,6 @@ def training_tensors(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = tensor_part(value, shapes[name] if value.dim() else value.shape)
     return tensors
-
-
-def files_needed(
-    manifest: Manifest, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size]
-) -> set[str]:
-    """Which files of a checkpoint hold something of these shards of parameters, or of the optimizer's state of them."""
-    boxes = {name: local_box(parameter, shapes[name]) for name, parameter in parameters.items()}
-    files = set()
-    for name, entry in manifest.tensors.items():
-        box = boxes.get(re.sub(r"^(model|optimizer\.[^.]+)\.", "", name))
-        if box is None:  # of another pipeline stage
-            continue
-        for chunk in entry.chunks:
-            # The optimizer's counters have no dimensions, and everybody reads them.
-            if len(chunk.lengths) != len(box.lengths) or box.overlap(Box(chunk.offsets, chunk.lengths)).size:
-                files.add(chunk.file)
-    return files
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.config import TrainConfig
+from settings.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.files import write_whole
+from checkpoint.directory import DIRECTORY, set_aside, step_directories, step_name
+from checkpoint.load import candidates
+from checkpoint.manifest import LEFT, Manifest
 from data.locations import data_prefix
 from data.splits import FILES
-from training.checkpoint import DIRECTORY, candidates
-from training.checkpoint_storage import set_aside, step_directories, step_name
-from training.config import RunConfig
-from training.errors import ConfigError, StorageError
-from training.manifest import LEFT, Manifest
-from training.run_files import require_regular
-from training.stored_config import difference, refuse_another_run
+from runtime.errors import ConfigError, StorageError
+from runtime.files import write_whole
+from runtime.run_files import require_regular
+from settings.config import RunConfig
+from settings.stored import difference, refuse_another_run
 
 GONE_BACK_TO = "gone_back_to"
 """File beside the checkpoints that names those to which the run has gone back, one a line."""

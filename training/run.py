@@ -3,40 +3,33 @@
 import math
 import os
 import shutil
-import signal
 import sys
-import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
-from data.files import wait_until_visible
-from parallel.process_group import FLIGHT_RECORD, ProcessInfo, is_peer_failure, on_rank_zero, process_group
-from training.checkpoint import DIRECTORY
-from training.checkpoint_storage import step_directories, step_name
-from training.config import RunConfig
-from training.determinism import make_deterministic, refusing_by_name
-from training.errors import (
-    SECONDS_FOR_LAST_WORDS,
+from checkpoint.directory import DIRECTORY, step_directories, step_name
+from checkpoint.manifest import read_manifest, verify
+from monitoring.recorder import Recorder
+from monitoring.run_directory import LOGS, RunDirectory
+from parallel.agreement import on_rank_zero
+from parallel.process_group import process_group
+from runtime.determinism import make_deterministic, refusing_by_name
+from runtime.errors import (
     ConfigError,
     DamageError,
-    PeerError,
-    RunDirectoryError,
-    RunError,
     StorageError,
 )
-from training.faults import Faults
-from training.heartbeat import FOLDER, Heartbeat, culprits, giving_up
-from training.manifest import read_manifest, verify
-from training.mirror import first_line
-from training.recorder import Recorder
+from runtime.fault_injection import Faults
+from runtime.files import wait_until_visible
+from runtime.heartbeat import FOLDER, Heartbeat, giving_up
+from runtime.run_files import require_folder, require_writable
+from runtime.stop import STOP_FILE, StopRequest, stoppable
+from runtime.streams import tell
+from settings.config import RunConfig
+from settings.stored import difference, refuse_another_run, restore_config
+from training.failures import as_peer_error, end_from_thread, flight_records, peer_error, record_failure
 from training.resume import GONE_BACK_TO, what_to_resume, why_not_back
-from training.run_directory import LOGS, RunDirectory, State
-from training.run_files import require_folder, require_writable
-from training.stop import STOP_FILE, StopRequest, stoppable
-from training.stored_config import difference, refuse_another_run, restore_config
-from training.streams import tell
 from training.trainer import Trainer
 
 PREEMPTED = 75
@@ -78,16 +71,16 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
             with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
 
                 def give_up(named: dict[int, str]) -> None:
-                    failure = _peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
-                    _end_from_thread(failure, config, process, recorder, trainer.step if trainer else None, attempt)
+                    failure = peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
+                    end_from_thread(failure, config, process, recorder, trainer.step if trainer else None, attempt)
 
                 with giving_up(heartbeat, give_up):
                     trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
                     completed = trainer.run()
         except BaseException as error:
             patience = 60 * min(config.parallel.startup_minutes, config.parallel.timeout_minutes)
-            failure = _as_peer_error(error, logs, patience)
-            _put_down(failure, config, process, recorder, trainer.step if trainer else None, attempt)
+            failure = as_peer_error(error, logs, patience)
+            record_failure(failure, config, process, recorder, trainer.step if trainer else None, attempt)
             if failure is error:
                 raise
             raise failure from error
@@ -130,85 +123,6 @@ def _take_directory(config: RunConfig, overrides: list[str]) -> tuple[Recorder |
     if directory.previous is not None and directory.previous.state == "running" and flight_records(logs):
         recorder.console.note(f"the last start ended without a word; {flight_records(logs)}")
     return recorder, None
-
-
-def _as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseException:
-    if not is_peer_failure(error):
-        return error
-    return _peer_error(culprits(logs, timeout), logs, first_line(error))
-
-
-def _peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
-    held_up = ", ".join(named.values()) or "another rank left or did not answer"
-    clues = "; ".join(["its own message, or logs/, says why", *filter(None, [flight_records(logs)])])
-    return PeerError(f"{held_up}; {clues} ({noticed})")
-
-
-def _end_from_thread(
-    failure: PeerError,
-    config: RunConfig,
-    process: ProcessInfo,
-    recorder: Recorder | None,
-    step: int | None,
-    attempt: int | None,
-) -> NoReturn:
-    """End the process while its main thread waits for what will never come."""
-    _put_down(failure, config, process, recorder, step, attempt)
-    if process.rank == 0:
-        tell(f"error: {failure}")
-    else:
-        time.sleep(SECONDS_FOR_LAST_WORDS)
-    os._exit(failure.exit_code)
-
-
-def flight_records(logs: Path) -> str:
-    """What ranks put down of their communication before NCCL's time-out ended them, in words; "" where none did."""
-    count = len([*logs.glob(f"{FLIGHT_RECORD}*")])
-    reader = f"torchfrtrace {logs} --prefix {FLIGHT_RECORD}"
-    return f"{count} ranks left what they had communicated before a time-out, for `{reader}`" if count else ""
-
-
-def _put_down(
-    error: BaseException,
-    config: RunConfig,
-    process: ProcessInfo,
-    recorder: Recorder | None,
-    step: int | None,
-    attempt: int | None,
-) -> None:
-    """Record why a run fails: rank 0 closes the run, another rank speaks up where it fails on its own. `attempt` is
-    that of this start, None where rank 0 has not said it yet."""
-    if recorder is not None:
-        try:
-            recorder.close(*_last_status(error, recorder.directory, step))
-        except StorageError as more:  # beside the first error, which tells more
-            tell(f"error: {more}")
-        except RunDirectoryError:  # as the first error says, or will be seen by whoever has it now
-            pass
-    elif isinstance(error, PeerError) and "rank 0 " in str(error):
-        # Rank 0 can neither say nor put down anything.
-        tell(f"error on rank {process.rank}: {error}")
-        with suppress(StorageError):  # of a status.json that somebody else wrote
-            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
-    elif process.rank > 0 and isinstance(error, Exception) and not isinstance(error, RunError):
-        tell(f"error on rank {process.rank}: {type(error).__name__}: {error}")
-        with suppress(StorageError):  # of a status.json that somebody else wrote
-            RunDirectory(Path(config.run_dir)).write_rank_failure(process.rank, attempt, error)
-
-
-def _last_status(error: BaseException, directory: RunDirectory, step: int | None) -> tuple[State, int | None, str]:
-    before, status = directory.previous, None
-    with suppress(StorageError):  # what somebody else wrote there says nothing of this run
-        status = directory.read_status()
-    if step is None and before is not None and before.state == "completed":
-        return before.state, before.step, before.reason  # a start that is refused takes nothing away
-    if isinstance(error, PeerError | SystemExit) and status is not None and status.state == "failed":
-        return "failed", step, status.reason  # the rank that failed on its own knows better
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-        # Before training began, nothing was lost: whoever starts it again wants it to go on.
-        state: State = "preempted" if step is None else "failed"
-        return state, step, f"ended by {signal.Signals(error.code - 128).name}"
-    return "failed", step, f"{type(error).__name__}: {error}"
 
 
 def check_run_directory(directory: RunDirectory, config: RunConfig) -> str | None:

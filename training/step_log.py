@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from monitoring.metrics import StepMetrics
+from monitoring.recorder import Recorder
+from monitoring.samples import describe_non_finite, gather_samples
+from monitoring.throughput import Moment, StepTimer, device_name, model_flops_utilization, peak_memory_gb
 from parallel.mesh import ParallelMesh
-from training.config import RunConfig
-from training.errors import NonFiniteError
-from training.faults import Faults
-from training.hardware import device_name, model_flops_utilization
-from training.metrics import StepMetrics
-from training.recorder import Recorder
-from training.samples import describe_non_finite, gather_samples
-from training.schedule import learning_rate
-from training.timing import Moment, StepTimer, peak_memory_gb
+from runtime.errors import NonFiniteError
+from runtime.fault_injection import Faults
+from settings.config import RunConfig
+from training.learning_rate import learning_rate
 from training.train_step import StepResult
 
 

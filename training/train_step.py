@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from core.loss import IGNORED_LABEL
 from data.batches import MicroBatch
+from monitoring.throughput import Moment
 from parallel.data_parallel import Batch, DataParallel
 from parallel.gradients import (
     local_gradients,
@@ -17,9 +18,8 @@ from parallel.gradients import (
     sum_partial_gradients,
 )
 from parallel.mesh import ParallelMesh
-from training.faults import Faults, Passing, pass_by
+from runtime.fault_injection import Faults, Passing, pass_by
 from training.precision import LossScale
-from training.timing import Moment
 
 
 class StepNumbers:

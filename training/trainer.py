@@ -12,46 +12,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoint.directory import Retention
+from checkpoint.load import choose_checkpoint, files_needed, load_checkpoint
+from checkpoint.manifest import Manifest
+from checkpoint.save import CheckpointSaver
 from data.batches import BatchReader, MicroBatch
-from data.files import wait_until_visible
 from data.gpt_dataset import GPTDataset, unigram_entropy
 from data.locations import data_prefix
 from data.sample_corpus import prepare_sample
 from data.splits import Splits, open_splits
 from data.vocabulary import find_tokenizer, tokenizer_digest
 from models.gpt import build_meta_model
+from monitoring.profiler import StepProfiler
+from monitoring.recorder import Recorder
+from monitoring.run_directory import LOGS
+from monitoring.throughput import StepTimer, device_name
+from parallel.agreement import on_rank_zero
+from parallel.communication_volume import Traffic
 from parallel.initialization import allocate, materialize
 from parallel.mesh import ParallelMesh
-from parallel.process_group import ProcessInfo, on_rank_zero, set_timeout
+from parallel.process_group import ProcessInfo, set_timeout
+from parallel.schedule_timeline import Action
 from parallel.sharding import TensorPart, logical_shapes
-from parallel.timeline import Action
-from parallel.traffic import Traffic
-from training.assembly import assemble, compiled_parts
-from training.batch_checks import check_batch_epochs
-from training.checkpoint import choose_checkpoint, load_checkpoint
-from training.checkpoint_saver import CheckpointSaver
-from training.checkpoint_storage import Retention
+from runtime.errors import ConfigError, StorageError
+from runtime.fault_injection import Faults
+from runtime.files import wait_until_visible
+from runtime.garbage_collection import collection_every
+from runtime.heartbeat import Heartbeat
+from runtime.stop import StopRequest
+from settings.checks.batch import check_batch_epochs
+from settings.config import RunConfig
+from settings.stored import changed_settings, config_of
+from training.build import assemble, compiled_parts
+from training.checkpointing import Saving
 from training.compilation import decide_compilation
-from training.config import RunConfig
-from training.errors import ConfigError, StorageError
-from training.faults import Faults
-from training.garbage import collection_every
-from training.hardware import device_name
-from training.heartbeat import Heartbeat
-from training.manifest import Manifest
-from training.optimizer import build_optimizer, copy_to_twins, files_needed, training_tensors
+from training.initial_weights import load_weights
+from training.learning_rate import learning_rate
+from training.optimizer import build_optimizer, copy_to_twins, training_tensors
 from training.precision import build_loss_scale
-from training.profiling import StepProfiler
-from training.recorder import Recorder
 from training.resume import check_same_run, go_back, what_to_resume, why_not_back
-from training.run_directory import LOGS
-from training.saving import Saving
-from training.schedule import learning_rate
-from training.starting_weights import load_weights
 from training.step_log import StepLog
-from training.stop import StopRequest
-from training.stored_config import changed_settings, config_of
-from training.timing import StepTimer
 from training.train_step import StepNumbers, StepResult, TrainStep, batch_to_device, count_tokens
 
 
@@ -209,7 +209,7 @@ class Trainer:
         if step != self.config.train.timeline_step:
             yield
             return
-        from training.timeline import draw_step, recorded  # of pipelines, which take a second to import
+        from monitoring.pipeline_timeline import draw_step, recorded
 
         layout = self.config.parallel
         with recorded(self.data_parallel, self.mesh) as spans:

@@ -53,7 +53,7 @@ def test_a_configuration_is_composed_with_it(site, tmp_path):
     for name in ON_THE_MACHINE:
         if (package := Path(sysconfig.get_path("purelib"), name)).exists():
             (machine / name).symlink_to(package)
-    code = "from training.compose import compose; print(compose(['model=gpt2_small']).model.vocab_size)"
+    code = "from settings.compose import compose; print(compose(['model=gpt2_small']).model.vocab_size)"
     assert alone(code, ROOT, folder, machine, cwd=tmp_path) == "50257\n"
 
 

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 import core.attention
 from core.config import ModelConfig
 from models.gpt import build_meta_model
+from parallel.communication_volume import Traffic
 from parallel.config import ParallelConfig
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
-from parallel.traffic import Traffic
+from verification.local_ranks import run_ranks
 
 CPU = torch.device("cpu")
 GPT2 = ModelConfig(

@@ -6,8 +6,9 @@ import torch
 from core.config import ModelConfig
 from models.gpt import GPTModel, build_meta_model
 from parallel.tensor import TensorParallel
-from training.compose import compose, resolve
-from training.settings import presets
+from settings.compose import compose
+from settings.keys import presets
+from settings.resolve import resolve
 
 OTHERS = [
     "model=tiny model.normalization=layernorm",

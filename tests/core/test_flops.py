@@ -11,7 +11,7 @@ from core.config import ModelConfig
 from core.flops import flops_per_token
 from models.gpt import build_meta_model
 from parallel.initialization import materialize
-from training.compose import compose
+from settings.compose import compose
 
 DENSE = ModelConfig(num_layers=2, hidden_size=24, num_attention_heads=3, vocab_size=53, max_position_embeddings=16)
 MODELS = {

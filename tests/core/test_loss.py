@@ -26,7 +26,7 @@ from core.loss import (
     row_stride,
     sums_in_product,
 )
-from parallel.local_ranks import run_ranks
+from verification.local_ranks import run_ranks
 
 TOKENS, HIDDEN, VOCABULARY = 150, 24, 301
 

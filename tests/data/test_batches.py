@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data.batches import BatchReader
-from data.errors import CorruptDataError
 from data.gpt_dataset import GPTDataset, Sample
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from runtime.errors import CorruptDataError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.documents import read_documents
-from data.errors import CorruptDataError, DataPathError
+from runtime.errors import CorruptDataError, DataPathError
 
 
 def test_a_text_file_is_one_document_with_its_own_line_breaks(tmp_path: Path) -> None:

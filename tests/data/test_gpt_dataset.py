@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import CorruptDataError, DataPathError
 from data.gpt_dataset import GPTDataset, split_documents, unigram_entropy
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from runtime.errors import CorruptDataError, DataPathError
 
 
 @pytest.fixture

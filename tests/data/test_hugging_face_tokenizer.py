@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig
-from data.errors import DataPathError, TokenizerError
 from data.hugging_face_tokenizer import HuggingFaceTokenizer, tokenizer_json
 from data.metadata import read_metadata
 from data.preparation import prepare_documents
 from data.tokenizer import load_tokenizer, save_tiktoken, train_tokenizer
 from data.vocabulary import find_tokenizer, find_vocabulary, tokenizer_files, tokenizer_vocabulary
+from runtime.errors import DataPathError, TokenizerError
 
 TEXTS = ["the cat sat on the mat, the cat's mat\n", "höhere Häuser   und 12345 Räder", "aaaa aaaaaaa"] * 3
 SPECIAL = ["<s>", "</s>", "<unk>"]

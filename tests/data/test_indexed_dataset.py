@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import CorruptDataError, DataPathError
 from data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from runtime.errors import CorruptDataError, DataPathError
 from tests.data.independent_reader import read_independently
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.errors import CorruptDataError
 from data.positioned_file import PositionedFile
+from runtime.errors import CorruptDataError
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from data.documents import read_documents
-from data.errors import CorruptDataError, DataPathError, TokenizerError
 from data.indexed_dataset import IndexedDataset
 from data.preparation import left_behind, prepare_documents
 from data.tokenizer import load_tokenizer, save_tiktoken, train_tokenizer
+from runtime.errors import CorruptDataError, DataPathError, TokenizerError
 from tests.data.independent_reader import read_independently
 
 TEXTS = [f"document {number}, " * (number % 5 + 1) for number in range(60)]
@@ -156,7 +156,7 @@ def test_a_torn_preparation_is_never_taken_for_whole(
         prepare_documents(reversed(TEXTS), prefix, "bytes", seed=1)
 
     monkeypatch.setattr("data.preparation.publish", crash)
-    monkeypatch.setattr("data.files.publish", crash)
+    monkeypatch.setattr("runtime.files.publish", crash)
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path / "a")
     assert published == ["a.meta.json", "a.bin", "a.idx"][:crash_at]

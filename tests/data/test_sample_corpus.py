@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
-from data.errors import DataPathError, TokenizerError
 from data.gpt_dataset import unigram_entropy
 from data.sample_corpus import prepare_sample, sample_documents, sample_prefix
 from data.splits import open_splits
 from data.vocabulary import find_tokenizer, find_vocabulary
+from runtime.errors import DataPathError, TokenizerError
 
 FEW = [f"{number} small documents are a corpus too.\n" * 20 for number in range(30)]
 

@@ -11,10 +11,10 @@ import pytest
 
 from data import splits as splits_module
 from data.config import DataConfig
-from data.errors import CorruptDataError, DataPathError
 from data.indexed_dataset import IndexedDataset
 from data.preparation import prepare_documents
 from data.splits import FILES, Splits, open_splits
+from runtime.errors import CorruptDataError, DataPathError
 
 
 @pytest.fixture

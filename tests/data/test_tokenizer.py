@@ -10,8 +10,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import TokenizerError
 from data.tokenizer import Tokenizer, load_tokenizer, save_tiktoken, train_tokenizer
+from runtime.errors import TokenizerError
 
 TEXTS = [
     "the cat sat on the mat, the cat's mat\n",

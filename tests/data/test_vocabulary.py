@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
-from data.errors import CorruptDataError, DataPathError, TokenizerError
 from data.preparation import prepare_documents
 from data.tokenizer import load_tokenizer, save_tiktoken, train_tokenizer
 from data.vocabulary import find_tokenizer, find_vocabulary
+from runtime.errors import CorruptDataError, DataPathError, TokenizerError
 
 TEXTS = ["one small text", "another small text"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pretrain_gpt
-from parallel.local_ranks import RankError, run_ranks
-from training.errors import RunError
-from training.faults import VARIABLE
-from training.metrics import read_metrics
+from monitoring.metrics import read_metrics
+from runtime.errors import RunError
+from runtime.fault_injection import VARIABLE
+from verification.local_ranks import RankError, run_ranks
 
 ROOT = Path(pretrain_gpt.__file__).parent
 STEPS = 8

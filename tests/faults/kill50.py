@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pretrain_gpt
-from parallel.local_ranks import RankError, run_ranks
+from checkpoint.directory import step_directories
+from checkpoint.manifest import read_manifest, verify
 from tests.faults.harness import RANKS, Job, rank_processes
-from training.checkpoint_storage import step_directories
-from training.manifest import read_manifest, verify
+from verification.local_ranks import RankError, run_ranks
 
 KILLS = 50
 STEPS = 20_000

@@ -9,7 +9,7 @@ import transformers
 from core.config import ModelConfig
 from models.gpt import build_meta_model
 from parallel.initialization import materialize
-from training.compose import compose
+from settings.compose import compose
 
 GPT2 = ModelConfig(num_layers=3, hidden_size=48, num_attention_heads=4, vocab_size=97, max_position_embeddings=32,
                    activation="gelu_tanh")  # fmt: skip

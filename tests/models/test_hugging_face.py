@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from core.config import ModelConfig
 from models.families import FAMILIES, family_for, open_directory
 from models.gpt2 import GPT2
-from models.hugging_face import HuggingFaceError, TensorRule, identity
+from models.hugging_face import TensorRule, identity
 from models.llama import LLAMA
+from runtime.errors import HuggingFaceError
+from settings.compose import compose
 from tests.models.hugging_face_models import reference, rewrite, save
-from training.compose import compose
 
 WIDE = st.integers(1, 9).map(lambda number: 8 * number)
 SHARED = {

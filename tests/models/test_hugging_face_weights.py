@@ -10,14 +10,14 @@ import torch
 from models.families import open_directory
 from models.generation import Sampling, generate
 from models.gpt import build_meta_model
-from models.hugging_face import HuggingFaceError
 from models.hugging_face_weights import HuggingFaceWeights
 from parallel.config import ParallelConfig
 from parallel.data_parallel import shard_data_parallel
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
 from parallel.sharding import logical_shapes
+from runtime.errors import HuggingFaceError
 from tests.models.hugging_face_models import MODELS, TOLERANCES, reference, rewrite, save, stored
+from verification.local_ranks import run_ranks
 
 CPU = torch.device("cpu")
 

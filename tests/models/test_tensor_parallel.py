@@ -7,8 +7,8 @@ from models.generation import Sampling, generate
 from models.gpt import build_meta_model
 from parallel.config import ParallelConfig
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
+from verification.local_ranks import run_ranks
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

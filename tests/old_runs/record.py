@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 import pretrain_gpt
-from parallel.local_ranks import run_ranks
+from verification.local_ranks import run_ranks
 
 FOLDER = Path(__file__).parent
 RECORD = FOLDER / "recorded.json"

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import copy_to_ranks, gather_sequence, sum_over_ranks, sum_scatter_sequence
-from parallel.local_ranks import run_ranks
+from verification.local_ranks import run_ranks
 
 BATCH, SEQ, HIDDEN = 3, 8, 5
 

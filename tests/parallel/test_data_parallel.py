@@ -15,12 +15,12 @@ from parallel.config import ParallelConfig
 from parallel.data_parallel import _ScatterToOneself, shard_data_parallel
 from parallel.gradients import local_gradients
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
-from training.config import OptimizerConfig
+from settings.config import OptimizerConfig
 from training.optimizer import build_optimizer
 from training.precision import PRECISIONS
 from training.train_step import TrainStep
+from verification.local_ranks import run_ranks
 
 STEPS, SAMPLES, SEQ, VOCABULARY, SEED = 3, 12, 12, 67, 11
 MODELS = {

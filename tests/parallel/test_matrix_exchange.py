@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from parallel.local_ranks import run_ranks
 from parallel.matrix_exchange import MatrixExchange
+from verification.local_ranks import run_ranks
 
 SHAPES = [(6, 5), (3, 8), (8, 3), (5, 5), (1, 4), (7, 2)]
 

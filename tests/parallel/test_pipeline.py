@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.initialization import materialize
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
 from tests.parity.layouts import SCHEDULES, configuration
-from training.assembly import assemble
-from training.parity import ragged_batches
+from training.build import assemble
 from training.train_step import batch_to_device
+from verification.local_ranks import run_ranks
+from verification.parity import ragged_batches
 
 CPU = torch.device("cpu")
 USUAL = {"dp_replicate": 1, "dp_shard": 1, "tied": True, "recompute": "none", "dropout": 0.0, "optimizer": "adamw",

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.local_ranks import run_ranks
-from parallel.process_group import FLIGHT_RECORD, is_peer_failure, keep_flight_records, on_rank_zero, process_group
-from training.errors import ConfigError
+from parallel.agreement import is_peer_failure, on_rank_zero
+from parallel.process_group import FLIGHT_RECORD, keep_flight_records, process_group
+from runtime.errors import ConfigError
+from verification.local_ranks import run_ranks
 
 
 def decided(rank, world_size):

@@ -11,8 +11,8 @@ from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
 from parallel.stages import SPLIT_BACKWARD, takes
+from settings.config import OptimizerConfig, RunConfig, TrainConfig
 from tests.parity.covering import Case, covering_array, pairs
-from training.config import OptimizerConfig, RunConfig, TrainConfig
 
 LARGEST_WORLD = 8
 SEED = 11

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from settings.config import RunConfig
 from tests.parity.covering import Case
 from tests.parity.layouts import LARGEST_WORLD, MODELS, SEQ_LENGTH, configuration, matrix, pipeline_matrix
-from training.config import RunConfig
-from training.parity import LIMIT, STEPS, Comparison, describe_layout, verify
+from verification.parity import LIMIT, STEPS, Comparison, describe_layout, verify
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
 INTRODUCTION = """\

@@ -14,7 +14,7 @@ import parallel.collectives
 import parallel.initialization
 import parallel.pipeline
 import parallel.tensor
-import training.assembly
+import training.build
 import training.train_step
 from core.norm import LayerNorm, RMSNorm
 from core.rotary import RotaryTable
@@ -182,13 +182,13 @@ def tied_gradient_counted_twice():
 
 
 def stage_with_a_layer_too_few():
-    build_stages = training.assembly.build_stages
+    build_stages = training.build.build_stages
 
     def fewer(numbers):
         *stages, last = build_stages(numbers)
         return [*stages, replace(last, layers=last.layers[:-1])]
 
-    training.assembly.build_stages = fewer
+    training.build.build_stages = fewer
 
 
 def muon_of_own_shard():

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from settings.checks.rules import check_relations
+from settings.checks.values import check_choices, check_ranges
 from tests.parity.covering import covering_array, pairs
 from tests.parity.layouts import (
     DIMENSIONS,
@@ -22,8 +24,7 @@ from tests.parity.layouts import (
     of_each_kind,
     selection,
 )
-from training.checks import check_choices, check_ranges, check_relations
-from training.parity import describe_layout
+from verification.parity import describe_layout
 
 
 @given(

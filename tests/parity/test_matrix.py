@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel.local_ranks import run_ranks
 from tests.parity.layouts import MODELS, cases, configuration, of_each_kind, pipeline_selection, selection
 from tests.parity.matrix import PAGE, configurations
-from training.parity import describe_layout, one_process, parity_rank, ragged_batches, run_layout, verify
+from verification.local_ranks import run_ranks
+from verification.parity import describe_layout, one_process, parity_rank, ragged_batches, run_layout, verify
 
 PIPELINE = (
     "gpt2",

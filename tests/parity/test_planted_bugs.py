@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 
-from parallel.local_ranks import run_ranks
 from tests.parity import planted_bugs
 from tests.parity.layouts import DIMENSIONS, configuration
-from training.parity import compare, one_process, parity_rank, ragged_batches, run_layout, verify
+from verification.local_ranks import run_ranks
+from verification.parity import compare, one_process, parity_rank, ragged_batches, run_layout, verify
 
 LAYOUTS = {
     "tensor": ("gpt2", {"tp": 2, "sequence": False}),

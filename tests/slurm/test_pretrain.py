@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import pretrain_gpt
-from parallel.local_ranks import run_ranks
 from tools.cli import main
+from verification.local_ranks import run_ranks
 
 SMALL = ["model=tiny", "model.num_layers=2", "data=sample", "data.seq_length=32", "train.global_batch_size=4",
          "train.steps=300", "checkpoint.interval=1000", "optimizer.lr=1e-3"]  # fmt: skip

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint.manifest import read_manifest
+from checkpoint.save import save_checkpoint
 from tools.cli import main
-from training.checkpoint_saver import save_checkpoint
-from training.manifest import read_manifest
 
 STATE = {"consumed_samples": 12, "consumed_tokens": 384, "eval_loss": 2.5, "torch": "2.13.0",
          "saved": "2026-11-22 03:00:00",

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 import pretrain_gpt
+from checkpoint.manifest import read_manifest
 from data.preparation import prepare_documents
 from models.hugging_face import OTHER_FILES
+from runtime.errors import ConfigError
+from settings.compose import compose
+from settings.resolve import resolve
 from tests.models.hugging_face_models import MODELS, equal_bytes, reference, rewrite, save, save_tokenizer, stored
 from tools.cli import main
-from training.compose import compose, resolve
-from training.errors import ConfigError
-from training.manifest import read_manifest
 
 
 def run(*words):

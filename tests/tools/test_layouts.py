@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planning.layouts import find_layouts
+from planning.memory import state_bytes
+from runtime.errors import ConfigError
+from settings.compose import compose
+from settings.resolve import resolve
+from settings.summary import summary
 from tools.cli import main
-from tools.layouts import find_layouts, state_bytes
-from training.compose import compose, resolve
-from training.errors import ConfigError
-from training.summary import summary
 
 BASE = compose(["train.global_batch_size=24"])
 

@@ -7,16 +7,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tools.parity
-import training.parity
+import verification.parity
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
+from settings.checks.rules import check_relations
+from settings.checks.values import check_choices, check_ranges
+from settings.compose import compose
+from settings.config import RunConfig, TrainConfig
+from settings.resolve import resolve
 from tools.cli import main
-from tools.parity import RANKS, scale_down, smaller_layout, table
-from training.checks import check_choices, check_ranges, check_relations
-from training.compose import compose, resolve
-from training.config import RunConfig, TrainConfig
-from training.parity import Comparison
+from tools.parity import table
+from verification.parity import Comparison
+from verification.scale_down import RANKS, scale_down, smaller_layout
 
 SMALL = ["model=tiny", "model.num_layers=1", "parallel.tp=2", "world_size=2", "train.global_batch_size=2"]
 
@@ -42,7 +45,7 @@ def test_an_equal_layout_exits_0_and_says_so(capsys):
 
 def test_a_layout_that_is_not_equal_exits_1_and_names_what_is_off(capsys, monkeypatch):
     found = Comparison(1e-3, 0.5, "final_norm.weight", 1e-3, 0.1, "head.weight", ("loss is off by 1.0e-03",))
-    monkeypatch.setattr(training.parity, "verify", lambda _: found)
+    monkeypatch.setattr(verification.parity, "verify", lambda _: found)
     assert main(["parity", *SMALL]) == 1
     assert capsys.readouterr().out.endswith("final_norm.weight  1.0e-03        1.0e-01       loss is off by 1.0e-03\n")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint import load
+from checkpoint.load import load_checkpoint
+from checkpoint.save import save_checkpoint
+from runtime.errors import ConfigError, RemovedError, StorageError
 from tools import reading
 from tools.reading import read_run
-from training import checkpoint
-from training.checkpoint import load_checkpoint
-from training.checkpoint_saver import save_checkpoint
-from training.errors import ConfigError, RemovedError, StorageError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_gives_way_to_the_next_is_not_missed(run_dir, monkeypa
     if moment == "load":
         read = once(lambda: save(run_dir, 2), weight)
     else:
-        monkeypatch.setattr(checkpoint, moment, once(lambda: save(run_dir, 2), getattr(checkpoint, moment)))
+        monkeypatch.setattr(load, moment, once(lambda: save(run_dir, 2), getattr(load, moment)))
     assert read_run(run_dir, "auto", read) == (2, [2.0] * 4)
     assert time.monotonic() - began < 10, "nobody waits for what is gone"
     assert capsys.readouterr().err == "", "and nothing is called damaged"
@@ -100,7 +100,7 @@ def test_a_run_that_is_faster_than_its_reader_ends_the_reader(run_dir, monkeypat
 
 def test_what_is_gone_is_not_waited_for(run_dir):
     path = run_dir / "checkpoints" / "step_00000001"
-    manifest = checkpoint.read_manifest(path)
+    manifest = load.read_manifest(path)
     shutil.rmtree(path)
     with pytest.raises(RemovedError, match="its run has removed it"):
         weight(path, manifest)

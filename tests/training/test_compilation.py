@@ -12,12 +12,13 @@ import pytest
 import pretrain_gpt
 import training.compilation
 from parallel.config import ParallelConfig
-from parallel.local_ranks import run_ranks
+from runtime.errors import ConfigError
+from settings.checks.pipeline import compile_refusal
+from settings.compose import compose
+from settings.config import RunConfig, TrainConfig
+from settings.resolve import resolve
 from training.compilation import CompileDecision, decide, decide_compilation
-from training.compose import compose, resolve
-from training.config import RunConfig, TrainConfig
-from training.errors import ConfigError
-from training.pipeline_checks import compile_refusal
+from verification.local_ranks import run_ranks
 
 TRITON = "Python package triton"
 SCHEDULE = "parallel.pp_schedule=zb: a compiled layer cannot put off the gradients of its weights"

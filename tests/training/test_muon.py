@@ -7,7 +7,7 @@ from core.config import ModelConfig
 from models.gpt import build_meta_model
 from parallel.initialization import materialize
 from parallel.sharding import logical_shapes
-from training.config import OptimizerConfig
+from settings.config import OptimizerConfig
 from training.muon import orthogonalize
 from training.optimizer import build_optimizer, training_tensors
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.config import TrainConfig
+from settings.config import TrainConfig
 from training.precision import PRECISIONS, LossScale, build_loss_scale, choose_precision
 
 CPU = torch.device("cpu")

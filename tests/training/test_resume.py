@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 import pretrain_gpt
+from checkpoint.manifest import Manifest, TensorEntry
 from data.config import DataConfig
-from parallel.local_ranks import run_ranks
-from training.config import RunConfig
-from training.errors import ConfigError, StorageError
-from training.manifest import Manifest, TensorEntry
+from runtime.errors import ConfigError, StorageError
+from settings.config import RunConfig
 from training.resume import check_same_run
+from verification.local_ranks import run_ranks
 
 # 32 tokens a sample: steps 1 to 3 take 4 samples and step 4, the first at or after 300 tokens, 8.
 WORDS = ["model=tiny", "model.num_layers=2", "data=sample", "data.tokenizer=bytes", "data.seq_length=32",

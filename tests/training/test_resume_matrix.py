@@ -11,18 +11,19 @@ import pytest
 import torch
 
 import pretrain_gpt
-from parallel.local_ranks import run_ranks
+from checkpoint.manifest import read_manifest
+from checkpoint.save import save_checkpoint
+from checkpoint.tensor_files import TORCH_DTYPES, read_parts
 from parallel.process_group import process_group
 from parallel.sharding import Box, TensorPart
-from training.checkpoint_saver import save_checkpoint
-from training.checkpoint_storage import TORCH_DTYPES, read_parts
-from training.compose import compose, resolve
-from training.faults import Faults
-from training.heartbeat import Heartbeat
-from training.manifest import read_manifest
+from runtime.fault_injection import Faults
+from runtime.heartbeat import Heartbeat
+from runtime.stop import StopRequest
+from settings.compose import compose
+from settings.resolve import resolve
 from training.optimizer import training_tensors
-from training.stop import StopRequest
 from training.trainer import Trainer
+from verification.local_ranks import run_ranks
 
 WORDS = ["model=tiny", "model.num_layers=4", "model.hidden_size=48", "data=sample", "data.tokenizer=bytes",
          "data.seq_length=32", "train.precision=fp64", "optimizer.lr=1e-2", "train.global_batch_size=12",

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import pretrain_gpt
-from parallel.local_ranks import RankError, run_ranks
-from training.errors import NonFiniteError
-from training.run import _last_status
-from training.run_directory import RunDirectory
+from monitoring.run_directory import RunDirectory
+from runtime.errors import NonFiniteError
+from training.failures import _last_status
+from verification.local_ranks import RankError, run_ranks
 
 ROOT = Path(pretrain_gpt.__file__).parent
 SMALL = ["model=tiny", "model.num_layers=2", "data=sample", "data.seq_length=32", "train.global_batch_size=4",

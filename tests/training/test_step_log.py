@@ -16,15 +16,16 @@ import pretrain_gpt
 import training.step_log
 from data.batches import MicroBatch
 from parallel.config import ParallelConfig
-from parallel.local_ranks import run_ranks
 from parallel.mesh import ParallelMesh
 from parallel.process_group import process_group
-from training.compose import compose, resolve
-from training.errors import NonFiniteError
-from training.faults import Faults
-from training.schedule import learning_rate
+from runtime.errors import NonFiniteError
+from runtime.fault_injection import Faults
+from settings.compose import compose
+from settings.resolve import resolve
+from training.learning_rate import learning_rate
 from training.step_log import StepLog
 from training.train_step import StepResult
+from verification.local_ranks import run_ranks
 
 CPU = torch.device("cpu")
 SMALL = ["model=tiny", "model.num_layers=1", "data=sample", "data.tokenizer=bytes", "data.seq_length=16",
@@ -178,8 +179,8 @@ def order_of_a_run(rank, world_size, words):
     """What happens in a run, in order: steps launched, their numbers read, lines, evaluations, checkpoints."""
     import training.train_step
     import training.trainer
-    from training.recorder import Recorder
-    from training.saving import Saving
+    from monitoring.recorder import Recorder
+    from training.checkpointing import Saving
     from training.train_step import StepNumbers, TrainStep
     from training.trainer import Trainer
 
@@ -295,7 +296,7 @@ def test_an_evaluation_looks_at_a_batch_once_the_next_one_is_launched(runs_folde
 
 def slow_evaluations(rank, world_size, words):
     """Evaluations and saves that take two seconds longer."""
-    from training.checkpoint_saver import CheckpointSaver
+    from checkpoint.save import CheckpointSaver
     from training.trainer import Trainer
 
     for owner, name in ((Trainer, "_evaluate_validation"), (CheckpointSaver, "save")):

@@ -15,7 +15,7 @@ from parallel.initialization import materialize
 from parallel.mesh import ParallelMesh
 from parallel.process_group import process_group
 from parallel.sharding import logical_shapes
-from training.config import OptimizerConfig
+from settings.config import OptimizerConfig
 from training.optimizer import build_optimizer, training_tensors
 from training.precision import PRECISIONS, LossScale
 from training.train_step import TrainStep
