@@ -8,6 +8,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
@@ -193,3 +194,17 @@ def test_every_document_that_is_linked_is_there():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_what_ci_runs_is_there():
+    """Targets of make, and folders of tests, that the workflow names."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    targets = re.findall(r"^([\w$()/.]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [target.replace("$(VENV)", ".venv") for target in targets]
+    for job in workflow["jobs"].values():
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        for target in re.findall(r"\bmake (\S+)", "\n".join(commands)):
+            assert target in named
+        matrix = job.get("strategy", {}).get("matrix", {})
+        for paths in [*matrix.get("tests", []), *(each["tests"] for each in matrix.get("include", []))]:
+            assert all((ROOT / path).exists() for path in paths.split())
