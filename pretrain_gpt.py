@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from runtime.errors import SECONDS_FOR_LAST_WORDS, ConfigError
+from runtime.errors import RANK_ZERO_REPORT_GRACE_SECONDS, ConfigError
 from runtime.streams import flush_streams, open_missing_streams, tell
 from settings.command_line import read_command_line
 from settings.compose import compose, compose_sweep, to_yaml
@@ -25,7 +25,7 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         return start(words, environment)
     except Exception as error:
         if environment.get("RANK", "0") != "0" and hasattr(error, "exit_code"):
-            time.sleep(SECONDS_FOR_LAST_WORDS)
+            time.sleep(RANK_ZERO_REPORT_GRACE_SECONDS)
         raise
 
 

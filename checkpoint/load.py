@@ -23,7 +23,7 @@ from checkpoint.manifest import (
     read_manifest,
 )
 from checkpoint.tensor_files import read_parts
-from parallel.agreement import exchange, on_rank_zero, to_all
+from parallel.agreement import on_rank_zero, run_on_all_ranks, to_all
 from parallel.sharding import Box, TensorPart, local_box, tensor_part
 from runtime.errors import DamageError, RemovedError, StorageError
 from runtime.files import wait_until_visible
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor
         read_parts(path, manifest, parts_of(tensors))
 
     on_rank_zero(lambda: _require_manifest(path))
-    exchange(read, to_all(lambda _: None), f"loading {path}")
+    run_on_all_ranks(read, to_all(lambda _: None), f"loading {path}")
 
 
 def _require_manifest(path: Path) -> None:
@@ -98,8 +98,8 @@ def verify_together(path: Path, manifest: Manifest, mode: str, needed: FilesNeed
                     wanted[name, host].append(rank)
         return _shares(wanted, manifest, len(found))
 
-    names = exchange(look, share, doing)
-    exchange(lambda: compare_hashes(path, manifest, names), to_all(lambda _: None), doing)
+    names = run_on_all_ranks(look, share, doing)
+    run_on_all_ranks(lambda: compare_hashes(path, manifest, names), to_all(lambda _: None), doing)
 
 
 def _shares(wanted: Mapping[tuple[str, str], Iterable[int]], manifest: Manifest, ranks: int) -> list[list[str]]:

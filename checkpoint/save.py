@@ -17,14 +17,14 @@ from checkpoint.manifest import Manifest, TensorEntry
 from checkpoint.plan import Claim, Plan, claims, share_out
 from checkpoint.tensor_files import WrittenFile, write_parts
 from checkpoint.writer import CheckpointWriter
-from parallel.agreement import exchange, to_all
+from parallel.agreement import run_on_all_ranks, to_all
 from parallel.sharding import TensorPart
 from runtime.errors import RunDirectoryError
 from runtime.fault_injection import Faults
 
 
 @dataclass(frozen=True)
-class Ended:
+class SaveResult:
     """A save that is over, on all ranks alike."""
 
     step: int
@@ -59,7 +59,7 @@ class CheckpointSaver:
         self._host = HostCopy()
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
-        self._ended: Ended | None = None
+        self._ended: SaveResult | None = None
         self.written = threading.Event()
         """This rank's file of the last save is on disk, or never will be."""
         self.all_written = threading.Event()
@@ -71,7 +71,7 @@ class CheckpointSaver:
         """Collective. Raises StorageError on every rank where a checkpoint of `tensors` finds no room on the disk."""
         size = self._planned(parts_of(tensors)).size
         doing = f"looking for room in {self._directory}"
-        exchange(lambda: None, to_all(lambda _: require_space(self._directory, size)), doing)
+        run_on_all_ranks(lambda: None, to_all(lambda _: require_space(self._directory, size)), doing)
 
     def save(self, step: int, tensors: Mapping[str, TensorPart | torch.Tensor], state: dict[str, Any]) -> None:
         """Save `tensors` and the JSON `state`; what came of it, `ended` says. Collective.
@@ -100,7 +100,7 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def ended(self, *, wait: bool = False) -> Ended | None:
+    def ended(self, *, wait: bool = False) -> SaveResult | None:
         """What came of the last save, once; None where it goes on, or nothing is new. Ranks may see it at different
         moments; with `wait` all do."""
         if self._thread is not None and (wait or not self._thread.is_alive()):
@@ -120,14 +120,14 @@ class CheckpointSaver:
                 shares = enumerate(share_out(claimed))
                 return [Plan(names, {} if rank else entries, size) for rank, names in shares]
 
-            self._plan = exchange(lambda: claims(parts), share, "sharing out the writing of checkpoints")
+            self._plan = run_on_all_ranks(lambda: claims(parts), share, "sharing out the writing of checkpoints")
         return self._plan
 
     def _write(self, writer: CheckpointWriter, step: int, size: int, own: dict[str, TensorPart]) -> None:
         doing, error = f"saving {writer.target}", None
         passing = self._faults.of_step(step)
         try:
-            folder = exchange(lambda: None, to_all(lambda _: writer.begin(size)), doing, self._group)
+            folder = run_on_all_ranks(lambda: None, to_all(lambda _: writer.begin(size)), doing, self._group)
             file = folder / f"rank_{dist.get_rank():05d}.safetensors"
 
             def write() -> WrittenFile | None:
@@ -139,7 +139,7 @@ class CheckpointSaver:
                 self.all_written.set()
                 return writer.finish(files)
 
-            exchange(write, finish, doing, self._group)
+            run_on_all_ranks(write, finish, doing, self._group)
         except Exception as failure:
             error = failure
             if dist.get_rank() == 0:
@@ -147,7 +147,7 @@ class CheckpointSaver:
                 with contextlib.suppress(OSError, RunDirectoryError):
                     self._require_owner()
                     tidy(self._directory)
-        self._ended = Ended(step, error)
+        self._ended = SaveResult(step, error)
         self.written.set()
         self.all_written.set()
 

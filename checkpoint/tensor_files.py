@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from checkpoint.manifest import DTYPES, Chunk, FileEntry, Manifest, regular_size
 from parallel.sharding import Box, TensorPart
 from runtime.errors import StorageError
-from runtime.fault_injection import Passing, pass_by
+from runtime.fault_injection import Passing, no_faults
 from runtime.files import safetensors_header, wait_until_visible
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, attribute) for name, attribute in DTYPES.items()}
@@ -32,7 +32,7 @@ class WrittenFile(NamedTuple):
     """With the names of their tensors."""
 
 
-def write_parts(path: Path, parts: Mapping[str, TensorPart], passing: Passing = pass_by) -> WrittenFile:
+def write_parts(path: Path, parts: Mapping[str, TensorPart], passing: Passing = no_faults) -> WrittenFile:
     """Stream parts of tensors into the safetensors file `path`, and make it durable."""
     # Widest numbers first: then each tensor starts at a multiple of its own item size.
     order = sorted(parts, key=lambda name: parts[name].values.dtype.itemsize, reverse=True)

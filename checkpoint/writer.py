@@ -9,7 +9,7 @@ from pathlib import Path
 from checkpoint.directory import Retention, require_space, step_directories, step_name, temporary_name_of, tidy
 from checkpoint.manifest import MANIFEST_NAME, REPLACED, Chunk, Manifest, encode_manifest
 from checkpoint.tensor_files import WrittenFile
-from runtime.fault_injection import Passing, pass_by
+from runtime.fault_injection import Passing, no_faults
 from runtime.files import sync, write_whole
 
 
@@ -28,7 +28,7 @@ class CheckpointWriter:
         directory: Path,
         manifest: Manifest,
         keep: Retention,
-        passing: Passing = pass_by,
+        passing: Passing = no_faults,
         require_owner: Callable[[], None] = lambda: None,
     ) -> None:
         """`manifest` says step and state, and the tensors without their chunks."""

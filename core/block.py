@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from core.attention import KeyValueCache, SelfAttention
 from core.config import ModelConfig
-from core.dropout import DropoutKey, DropoutSite, dropout, dropout_place
+from core.dropout import DropoutKey, DropoutSite, dropout, dropout_site_hash
 from core.mlp import build_mlp
 from core.norm import build_norm
 from core.rotary import RotaryTable, rotary_table
@@ -42,8 +42,8 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, tensor: TensorParallel, index: int, recompute: str = "none") -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_place = dropout_place(index, DropoutSite.ATTENTION)
-        self.mlp_place = dropout_place(index, DropoutSite.MLP)
+        self.attention_place = dropout_site_hash(index, DropoutSite.ATTENTION)
+        self.mlp_place = dropout_site_hash(index, DropoutSite.MLP)
         self.attention_norm = build_norm(config, tensor)
         self.attention = SelfAttention(config, tensor)
         self.mlp_norm = build_norm(config, tensor)

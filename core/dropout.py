@@ -59,7 +59,7 @@ class DropoutKey:
         return cls(rate, _mix(samples.unsqueeze(1) + positions * GOLDEN), channels)
 
 
-def dropout_place(layer: int, site: DropoutSite) -> torch.Tensor:
+def dropout_site_hash(layer: int, site: DropoutSite) -> torch.Tensor:
     """Where in the model a dropout stands, hashed: an int64 scalar on the CPU.
 
     A tensor rather than a number, so that layers which are compiled share one compiled function.
@@ -81,7 +81,7 @@ def dropout(x: torch.Tensor, key: DropoutKey | None, place: torch.Tensor) -> tor
     Args:
         x: the whole hidden dimension of the rows that `key` names.
         key: None where nothing is dropped, as in evaluation; then, and with rate 0, the result is `x` itself.
-        place: what `dropout_place` says of where this stands.
+        place: what `dropout_site_hash` says of where this stands.
 
     Raises ValueError if `key` is not one of these rows and channels.
     """

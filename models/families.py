@@ -37,9 +37,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def family_for(model: ModelConfig) -> Family:
     """The first family that can express a model. Raises HuggingFaceError with what stands in each one's way."""
-    obstacles = [(family, family.obstacles(model)) for family in FAMILIES]
-    for family, found in obstacles:
+    unsupported_settings = [(family, family.unsupported_settings(model)) for family in FAMILIES]
+    for family, found in unsupported_settings:
         if not found:
             return family
-    reasons = "\n".join(f"  {family.model_type}: {', '.join(found)}" for family, found in obstacles)
+    reasons = "\n".join(f"  {family.model_type}: {', '.join(found)}" for family, found in unsupported_settings)
     raise HuggingFaceError(f"no Hugging Face family can express this model\n{reasons}")

@@ -11,7 +11,7 @@ from torch import nn
 from core.attention import KeyValueCache
 from core.block import TransformerBlock, TransformerLayer
 from core.config import ModelConfig
-from core.dropout import DropoutKey, DropoutSite, dropout, dropout_place
+from core.dropout import DropoutKey, DropoutSite, dropout, dropout_site_hash
 from core.embedding import LanguageModelEmbedding
 from core.loss import LinearCrossEntropy, VocabularyShard
 from core.norm import build_norm
@@ -48,7 +48,7 @@ class GPTModel(nn.Module):
         self.stage = stage = stage or Stage(0, range(config.num_layers))
         if stage.is_first or (stage.is_last and config.tie_embeddings):
             self.embedding = LanguageModelEmbedding(config, tensor, is_input=stage.is_first)
-        self.embedding_place = dropout_place(0, DropoutSite.EMBEDDING)
+        self.embedding_place = dropout_site_hash(0, DropoutSite.EMBEDDING)
         self.block = TransformerBlock(config, stage.layers, tensor, recompute=recompute)
         self.head: VocabParallelEmbedding | None = None
         if not stage.is_last:

@@ -89,7 +89,7 @@ class Family:
             raise HuggingFaceError(f"config.json: {'; '.join(problems)}")
         return ModelConfig(**settings)
 
-    def obstacles(self, model: ModelConfig) -> list[str]:
+    def unsupported_settings(self, model: ModelConfig) -> list[str]:
         """What of a model the family cannot express, as in "model.bias=True (it has False)"."""
         words = {setting.ours: setting.words.values() for setting in self.settings}
         fixed: dict[str, Any] = {part.name: part.default for part in fields(ModelConfig)} | dict(self.constants)
@@ -101,7 +101,7 @@ class Family:
         return found
 
     def config_json(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model without obstacles."""
+        """The config.json of a model without unsupported settings."""
         values = model.resolved()
         written: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for ours, theirs, _, words in self.settings:

@@ -95,9 +95,9 @@ class RunDirectory:
             self._last_logged = last_attempt(self.path / "metrics.jsonl")
             self.saved_step = self.previous.saved_step if self.previous else 0
         except (FileExistsError, NotADirectoryError) as error:
-            obstacle = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+            in_the_way = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
             raise ConfigError(
-                f"run directory {self.path}: {obstacle} is no directory; choose another out_dir or name"
+                f"run directory {self.path}: {in_the_way} is no directory; choose another out_dir or name"
             ) from error
         except OSError as error:
             raise StorageError(

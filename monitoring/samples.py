@@ -51,11 +51,11 @@ def describe_non_finite(
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     fed = [part for parts in everyone for part in parts]
-    culprits = [words for words, finite in fed if not finite]
-    if culprits:
+    failing = [words for words, finite in fed if not finite]
+    if failing:
         return (
             f"step {step}: the loss is not finite; if it was high before, try a lower optimizer.lr or more "
-            f"schedule.warmup_steps; it arose on {'; '.join(culprits)}"
+            f"schedule.warmup_steps; it arose on {'; '.join(failing)}"
         )
     return (
         f"step {step}: every loss is finite but the gradient is not; try a lower optimizer.lr, more "

@@ -48,7 +48,7 @@ Found = TypeVar("Found")
 Answer = TypeVar("Answer")
 
 
-def exchange(
+def run_on_all_ranks(
     action: Callable[[], Found],
     conclude: Callable[[list[Found]], list[Answer]],
     doing: str,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from parallel.stages import default_stages_a_rank
+from parallel.stages import default_stages_per_rank
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class ParallelConfig:
         return self.zero or (1 if self.pp > 1 else 3)
 
     @property
-    def stages_a_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         """`virtual_stages`, or what stands for null."""
-        return self.virtual_stages or (default_stages_a_rank(self.pp_schedule) if self.pp > 1 else 1)
+        return self.virtual_stages or (default_stages_per_rank(self.pp_schedule) if self.pp > 1 else 1)
 
     @property
     def stages(self) -> int:
         """Parts that the layers are divided into."""
-        return self.pp * self.stages_a_rank
+        return self.pp * self.stages_per_rank

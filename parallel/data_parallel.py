@@ -29,7 +29,7 @@ class DataParallel:
         self.zero = zero
 
     @property
-    def uncounted(self) -> list[nn.Parameter]:
+    def tied_duplicates(self) -> list[nn.Parameter]:
         """Parameters that are copies of others."""
         return []
 
@@ -92,7 +92,7 @@ def before_backward(model: nn.Module, zero: int, *, last: bool) -> None:
         model.set_reshard_after_backward(last or zero > 2)
 
 
-def take_up_gradients(model: nn.Module) -> None:
+def run_fsdp_post_backward(model: nn.Module) -> None:
     """Let FSDP take up gradients that were added outside of a backward pass, as it does those of one: in the master
     dtype, and without reducing them yet."""
     for module in model.modules():

@@ -50,7 +50,7 @@ class ParallelMesh:
         replicas = self.device_mesh["dp_replicate"].size() > 1
         return self.device_mesh["dp_replicate", "dp_shard"] if replicas else self.device_mesh["dp_shard"]
 
-    def ends_group(self) -> dist.ProcessGroup | None:
+    def embedding_group(self) -> dist.ProcessGroup | None:
         """A new group of the ranks with the first and the last stage of this rank's pipeline, None where this rank has
         neither. Collective over all ranks; the two lie on different ranks."""
         ends = [[column[0], column[-1]] for column in self.device_mesh.mesh.flatten(1).t().tolist()]

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 
 from parallel.config import ParallelConfig
-from parallel.data_parallel import Batch, DataParallel, Scaling, before_backward, take_up_gradients
+from parallel.data_parallel import Batch, DataParallel, Scaling, before_backward, run_fsdp_post_backward
 from parallel.mesh import ParallelMesh
 from parallel.schedule_timeline import Action
 from parallel.stages import SPLIT_BACKWARD, V_SHAPED, rank_of_stage, stages_of_rank
@@ -108,7 +108,7 @@ class Pipeline(DataParallel):
 
     Args:
         stages: the modules of this rank's stages, sharded by data parallelism.
-        hidden_like: what a stage hands on for the input of a micro-batch: a tensor on the meta device.
+        activation_meta: what a stage hands on for the input of a micro-batch: a tensor on the meta device.
         tied: name of a weight that the first and the last stage have in common; None where nothing is tied.
     """
 
@@ -118,14 +118,14 @@ class Pipeline(DataParallel):
         config: ParallelConfig,
         mesh: ParallelMesh,
         device: torch.device,
-        hidden_like: Callable[[torch.Tensor], torch.Tensor],
+        activation_meta: Callable[[torch.Tensor], torch.Tensor],
         tied: str | None,
     ) -> None:
         """Collective."""
         super().__init__(StageModules(stages), config.zero_stage)
         self._config, self._mesh, self._device = config, mesh, device
-        self._hidden_like = hidden_like
-        self._indices = stages_of_rank(mesh.pp_rank, config.pp, config.stages_a_rank, config.pp_schedule)
+        self._activation_meta = activation_meta
+        self._indices = stages_of_rank(mesh.pp_rank, config.pp, config.stages_per_rank, config.pp_schedule)
         self._modules = dict(zip(self._indices, stages, strict=True))
         self._deferred: dict[int, DeferredGradients] = {}
         if config.pp_schedule in SPLIT_BACKWARD:
@@ -138,10 +138,10 @@ class Pipeline(DataParallel):
         # At an error it prints the whole schedule, on every rank.
         logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
         apart = tied is not None and config.pp_schedule not in V_SHAPED
-        self._ends = mesh.ends_group() if apart else None
+        self._ends = mesh.embedding_group() if apart else None
 
     @property
-    def uncounted(self) -> list[nn.Parameter]:
+    def tied_duplicates(self) -> list[nn.Parameter]:
         """The last stage's copy of a tied weight."""
         return self._copies()[-1:] if self._mesh.has_loss else []
 
@@ -173,15 +173,15 @@ class Pipeline(DataParallel):
         together = 1 if len(self._indices) == 1 else self._config.pp
         for start in range(0, len(batches), together):
             group = range(start, min(start + together, len(batches)))
-            handed_on: dict[int, torch.Tensor] = {}
+            stage_outputs: dict[int, torch.Tensor] = {}
             for index in self._indices:
-                self._forward_group(index, batches, group, handed_on)
+                self._forward_group(index, batches, group, stage_outputs)
         return self._in_order(len(batches))
 
     def _forward_group(
-        self, index: int, batches: Sequence[Batch], group: range, handed_on: dict[int, torch.Tensor]
+        self, index: int, batches: Sequence[Batch], group: range, stage_outputs: dict[int, torch.Tensor]
     ) -> None:
-        """Take micro-batches of a group through one stage; `handed_on` passes between stages of one rank.
+        """Take micro-batches of a group through one stage; `stage_outputs` passes between stages of one rank.
 
         All are received before the first is computed, and all computed before the first is sent. NCCL has one queue for
         a pair of ranks, for both directions: where a rank sends in between, a receive of its neighbour may wait behind
@@ -191,18 +191,18 @@ class Pipeline(DataParallel):
         own = self._mesh.pp_rank
         if source not in (None, own):
             for number in group:
-                handed_on[number] = torch.empty_like(self._hidden_like(batches[number][0]), device=self._device)
-                dist.recv(handed_on[number], group=self._mesh.pipeline_group, group_src=source)
+                stage_outputs[number] = torch.empty_like(self._activation_meta(batches[number][0]), device=self._device)
+                dist.recv(stage_outputs[number], group=self._mesh.pipeline_group, group_src=source)
         for number in group:
             inputs, others = batches[number]
-            output = self._modules[index](inputs if source is None else handed_on[number], **others)
+            output = self._modules[index](inputs if source is None else stage_outputs[number], **others)
             if target is None:
                 self._losses[number] = output.double()
             else:
-                handed_on[number] = output.contiguous()
+                stage_outputs[number] = output.contiguous()
         if target in (None, own):
             return
-        messages = [handed_on[number] for number in group]
+        messages = [stage_outputs[number] for number in group]
         sending = [dist.isend(message, group=self._mesh.pipeline_group, group_dst=target) for message in messages]
         for work in sending:
             if work is not None:
@@ -225,7 +225,7 @@ class Pipeline(DataParallel):
         return self._schedules[key]
 
     def _stage(self, index: int, module: nn.Module, inputs: torch.Tensor) -> ObservedStage:
-        hidden = self._hidden_like(inputs)
+        hidden = self._activation_meta(inputs)
         is_first, is_last = index == 0, index == self._config.stages - 1
         return ObservedStage(
             lambda: self.observer,
@@ -239,16 +239,16 @@ class Pipeline(DataParallel):
             if is_last
             else hidden,
             group=self._mesh.pipeline_group,
-            dw_builder=partial(self._put_off, index) if index in self._deferred else None,
+            dw_builder=partial(self._defer_weight_gradients, index) if index in self._deferred else None,
         )
 
-    def _put_off(self, index: int) -> Callable[[], None]:
+    def _defer_weight_gradients(self, index: int) -> Callable[[], None]:
         """What computes the gradients that the last backward pass of a stage put off."""
         products = self._deferred[index].take()
 
         def run() -> None:
             products()
-            take_up_gradients(self._modules[index])
+            run_fsdp_post_backward(self._modules[index])
 
         return run
 

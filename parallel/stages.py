@@ -60,12 +60,12 @@ def rank_of_stage(stage: int, ranks: int, schedule: str) -> int:
     return min(stage, 2 * ranks - 1 - stage) if schedule in V_SHAPED else stage % ranks
 
 
-def default_stages_a_rank(schedule: str) -> int:
+def default_stages_per_rank(schedule: str) -> int:
     """What a schedule needs, or is made for."""
     return 2 if schedule in (*V_SHAPED, "interleaved") else 1
 
 
-def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
+def supports_micro_batches(schedule: str, ranks: int, micro_batches: int) -> bool:
     """Whether a schedule can run so many micro-batches.
 
     At least one a rank, so that all have work (DualPipeV: one a stage); interleaved ones go in rounds of equal length,

@@ -117,13 +117,13 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tensor = tensor
         self.deferred: DeferredGradients | None = None
-        self.own_rows: slice | None = None
+        self.local_rows: slice | None = None
         """The rows that this rank computes with, of a matrix that is whole on every rank."""
         if parts is not None and parts < tensor.size:
             part, rows = tensor.rank * parts // tensor.size, out_features // parts
-            self.own_rows = slice(part * rows, (part + 1) * rows)
-        self.partial_gradient = self.own_rows is not None
-        shard = 0 if self.own_rows is None else None
+            self.local_rows = slice(part * rows, (part + 1) * rows)
+        self.partial_gradient = self.local_rows is not None
+        shard = 0 if self.local_rows is None else None
         self.weight = tensor.parameter(out_features, in_features, shard=shard)
         self.initial_values: dict[str, InitialValue] = {"weight": Normal(init_std)}
         self.bias: nn.Parameter | None = None
@@ -138,9 +138,9 @@ class ColumnParallelLinear(nn.Module):
     def own(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The rows of weight and bias that this rank computes with."""
         weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
-        if self.own_rows is None:
+        if self.local_rows is None:
             return weight, bias
-        return weight[self.own_rows], None if bias is None else bias[self.own_rows]
+        return weight[self.local_rows], None if bias is None else bias[self.local_rows]
 
 
 def column_parallel(x: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[torch.Tensor, ...]:
@@ -162,7 +162,7 @@ class RowParallelLinear(nn.Module):
         in_features: width of the whole input.
     """
 
-    own_rows: slice | None = None
+    local_rows: slice | None = None
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, init_std: float, tensor: TensorParallel
@@ -282,8 +282,8 @@ def _of_parameters(whole: torch.Tensor, gradients: Sequence[torch.Tensor], with_
 
 def _add_gradients(layers: Layers, gradients: Sequence[torch.Tensor | None]) -> None:
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-    own_rows = [layer.own_rows for layer in layers for _ in range(2)]
-    for parameter, gradient, rows in zip(parameters, gradients, own_rows, strict=True):
+    local_rows = [layer.local_rows for layer in layers for _ in range(2)]
+    for parameter, gradient, rows in zip(parameters, gradients, local_rows, strict=True):
         if parameter is None or gradient is None:
             continue
         if rows is not None:

@@ -22,7 +22,7 @@ def state_bytes(config: RunConfig) -> int:
     layout, model = config.parallel, config.model
     stages, most = build_stages(config.layers_per_stage), 0
     for rank in range(layout.pp):
-        own = [stages[index] for index in stages_of_rank(rank, layout.pp, layout.stages_a_rank, layout.pp_schedule)]
+        own = [stages[index] for index in stages_of_rank(rank, layout.pp, layout.stages_per_rank, layout.pp_schedule)]
         parameters = sum(
             model.stage_parameters(len(stage.layers), is_first=stage.is_first, is_last=stage.is_last, tp=layout.tp)
             for stage in own

@@ -33,7 +33,7 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def refusing_by_name() -> Iterator[None]:
+def translate_nondeterminism_errors() -> Iterator[None]:
     """Raises NonDeterministicError for torch's own error about such an operation, wherever that was wrapped."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Errors that end a process with a message and an exit code that scripts rely on."""
 
-SECONDS_FOR_LAST_WORDS = 1.0
+RANK_ZERO_REPORT_GRACE_SECONDS = 1.0
 """How much later other ranks end with an error than rank 0, which puts it down: torchrun ends all when one ends."""
 
 

@@ -22,7 +22,7 @@ Passing = Callable[[str], bool]
 """Told the phase that begins; true where its numbers are to become NaN."""
 
 
-def pass_by(_: str) -> bool:
+def no_faults(_: str) -> bool:
     """Nothing fails."""
     return False
 

@@ -1,4 +1,4 @@
-"""What every rank is doing, put down where the others find it once it no longer answers."""
+"""What each rank is doing, in a file that the others read once the rank no longer answers."""
 
 import json
 import os
@@ -14,25 +14,30 @@ from typing import Any
 FOLDER = "heartbeats"
 SIZE = 256
 """Bytes of a file, which is written over: a beat must cost nothing."""
-NEARLY = 0.8
-SECONDS_TO_DIE = 0.5
-SECONDS_BETWEEN_PULSES = 1.0
+SECONDS_BETWEEN_REFRESHES = 1.0
+SECONDS_UNTIL_STALE = 10.0
+"""Age of a file from which on its process is stopped, or its host is gone."""
 LATE = 1.5
-SECONDS_OF_SILENCE = 10.0
-"""Without a pulse a process is stopped, or its host is gone."""
+"""A file of so many times the interval between refreshes may belong to a process that is stopped or gone."""
+SECONDS_TO_DIE = 0.5
+"""Between the moment in which the connections of a killed process close and that in which it is gone."""
+NEARLY = 0.8
+"""Share of a timeout after which an action takes too long."""
 
 
 class Heartbeat:
-    """This rank's file. A rank that waits for others does nothing; one that does something, or has no pulse, holds them
-    up. The pulse is the file's time of change, which a thread renews.
+    """Status file of this rank: step, current action, start time.
+
+    A thread refreshes its time of modification every second (`watchdog`). A rank that waits for a collective reports no
+    action; a rank with an old action or a stale file is the one that blocks the others.
 
     Args:
-        logs: the folder of the run under which ranks put their files.
-        patience: seconds after which who is waited for does not answer; may be set later.
+        logs: the folder of the run in which ranks have their files.
+        timeout: seconds that this rank waits for others; may be set later.
     """
 
-    def __init__(self, logs: Path, rank: int, patience: float) -> None:
-        self.patience = patience
+    def __init__(self, logs: Path, rank: int, timeout: float) -> None:
+        self.timeout = timeout
         self.waiting_since: float | None = None
         """When this rank began to wait for others, in seconds of `time.time`; None: it does not."""
         self.logs = logs
@@ -47,7 +52,7 @@ class Heartbeat:
 
     @contextmanager
     def during(self, doing: str | None) -> Iterator[None]:
-        """Says so for as long as the context lasts, and after an error; None: waiting for others."""
+        """Reports an action for as long as the context lasts, and after an error; None: waiting for others."""
         self.beat(doing)
         yield
         self.beat(None)
@@ -56,21 +61,21 @@ class Heartbeat:
         return self
 
     def beat(self, doing: str | None) -> None:
-        """Says what begins; None: waiting for others."""
+        """Reports the action that begins; None: waiting for others."""
         now = time.time()
         self.waiting_since = now if doing is None else None
         text = json.dumps({"step": self.step, "doing": doing, "since": now, **self._who})
         with suppress(OSError):  # of no use to the run itself
             os.pwrite(self._file.fileno(), text[:SIZE].ljust(SIZE).encode(), 0)
 
-    def pulse(self) -> None:
-        """Says that this process runs; nothing once the file is taken away, as the thread may be late."""
+    def refresh(self) -> None:
+        """Shows that this process runs. Does nothing once the file is closed, as the thread may come late."""
         with suppress(OSError, ValueError):
             os.utime(self._file.fileno())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Takes the file away: who left it there has not come to its end. Not that of a later start, which a rank that
-        was stopped may have outlived its own into."""
+        """Removes the file: a file that stays belongs to a rank that did not reach its end. The file of a later start
+        stays: a rank that was stopped and continued may still run when the next start has begun."""
         with suppress(OSError):
             if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                 self._path.unlink()
@@ -78,50 +83,50 @@ class Heartbeat:
 
 
 @contextmanager
-def giving_up(heartbeat: Heartbeat, give_up: Callable[[dict[int, str]], None]) -> Iterator[None]:
-    """Keeps up the pulse in a thread of its own, and calls `give_up` in it where this rank has waited longer than its
-    patience for others that `culprits` can name.
+def watchdog(heartbeat: Heartbeat, give_up: Callable[[dict[int, str]], None]) -> Iterator[None]:
+    """Refreshes this rank's file from a thread, which calls `give_up` once this rank has waited for longer than its
+    timeout and `find_unresponsive_ranks` names the ranks that it waits for.
 
-    For backends that end the process rather than raise an error, such as NCCL: who is named was named before.
+    Needed for backends that end the process rather than raise an error, such as NCCL: the ranks are named before that.
     """
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(SECONDS_BETWEEN_PULSES):
-            heartbeat.pulse()
+        while not ended.wait(SECONDS_BETWEEN_REFRESHES):
+            heartbeat.refresh()
             since = heartbeat.waiting_since
-            if since is None or time.time() - since < heartbeat.patience + SECONDS_BETWEEN_PULSES:
+            if since is None or time.time() - since < heartbeat.timeout + SECONDS_BETWEEN_REFRESHES:
                 continue
-            named = culprits(heartbeat.logs, heartbeat.patience)
+            named = find_unresponsive_ranks(heartbeat.logs, heartbeat.timeout)
             if named and heartbeat.waiting_since == since and not ended.is_set():
                 give_up(named)
                 return
 
-    threading.Thread(target=look, name="giving up", daemon=True).start()
+    threading.Thread(target=look, name="watchdog", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
 
 
-def culprits(logs: Path, timeout: float) -> dict[int, str]:
-    """Which ranks hold the others up, and what they were doing, in words; empty where nobody knows.
+def find_unresponsive_ranks(logs: Path, timeout: float) -> dict[int, str]:
+    """The ranks that block the others, with what they were doing, in words; empty where that is not known.
 
-    They are those of this host that are gone, or else those without a pulse, or else those that do what one of them has
-    been doing for longer than the rest, and for nearly `timeout` seconds; unless that is all of them.
+    These are the ranks of this host whose process is gone; else the ranks whose file is stale; else the ranks with the
+    action that began first, where it began nearly `timeout` seconds ago and not all ranks are at it.
     """
-    now, silence = time.time(), min(SECONDS_OF_SILENCE, NEARLY * timeout)
+    now, stale = time.time(), min(SECONDS_UNTIL_STALE, NEARLY * timeout)
     while True:
         beats, present = _beats(logs), _time_of_files(logs)
         here = [rank for rank, beat in beats.items() if beat["host"] == socket.gethostname()]
         gone = [rank for rank in here if process_start(beats[rank]["pid"]) is None]
-        ages = {rank: present - beat["pulse"] for rank, beat in beats.items()}
-        stopped = [rank for rank, age in ages.items() if age > silence]
-        # The connections of a process that is killed close a moment before it is gone, and who waited for one that
-        # was stopped may have begun to before.
-        late = max(ages.values(), default=0.0) > LATE * SECONDS_BETWEEN_PULSES
+        ages = {rank: present - beat["refreshed"] for rank, beat in beats.items()}
+        stopped = [rank for rank, age in ages.items() if age > stale]
+        # The connections of a killed process close a moment before it is gone, and a rank may have begun to wait for
+        # a stopped process before its file became stale.
+        late = max(ages.values(), default=0.0) > LATE * SECONDS_BETWEEN_REFRESHES
         passed = time.time() - now
-        if gone or (passed > SECONDS_TO_DIE and (stopped or not late or passed > silence)):
+        if gone or (passed > SECONDS_TO_DIE and (stopped or not late or passed > stale)):
             break
         time.sleep(SECONDS_TO_DIE / 10)
     busy = [rank for rank, beat in beats.items() if beat["doing"] and now - beat["since"] > NEARLY * timeout]
@@ -140,7 +145,7 @@ def _beats(logs: Path) -> dict[int, dict[str, Any]]:
     for path in (logs / FOLDER).glob("rank_*.json"):
         with suppress(OSError, ValueError):
             beat = json.loads(path.read_text(encoding="utf-8"))
-            beats[int(path.stem[5:])] = beat | {"pulse": path.stat().st_mtime}
+            beats[int(path.stem[5:])] = beat | {"refreshed": path.stat().st_mtime}
     return beats
 
 

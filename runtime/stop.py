@@ -25,15 +25,15 @@ class StopRequest:
         self.deadline = deadline
         self.reason: str | None = None
         """What asked first: the name of a signal, "STOP file", or the key of a setting."""
-        self.heeded = False
+        self.graceful = False
         """Whether someone looks at `reason`; until then, and at the second signal, the process ends at once."""
         self._signalled = False
         self._said_no_file = False
         self._next_look = -math.inf
 
     def receive(self, number: int, _: FrameType | None) -> None:
-        """Takes a signal. Raises SystemExit where nobody would heed it, or it is not the first."""
-        if not self.heeded or self._signalled:
+        """Takes a signal. Raises SystemExit where nobody looks at the request, or it is not the first signal."""
+        if not self.graceful or self._signalled:
             raise SystemExit(128 + number)
         self._signalled = True
         self._say("finishing this step, then saving; another signal ends at once")

@@ -48,7 +48,7 @@ def read_command_line(words: Sequence[str]) -> CommandLine:
     )
 
 
-def thawed_schema() -> DictConfig:
+def mutable_schema() -> DictConfig:
     """The dataclasses as an OmegaConf schema that can be merged into, though they are frozen."""
     schema = OmegaConf.structured(RunConfig)
     for node in (schema, *(schema[key] for key in schema)):
@@ -62,7 +62,7 @@ def check_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     accepted: list[str] = []
     problems: list[str] = []
     remaining = list(words)
-    schema = thawed_schema()
+    schema = mutable_schema()
     while remaining:
         word = remaining.pop(0)
         if word.startswith("-"):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runtime.errors import ConfigError
-from settings.command_line import check_overrides, expand_sweep, thawed_schema
+from settings.command_line import check_overrides, expand_sweep, mutable_schema
 from settings.config import RunConfig
 from settings.keys import CONF, describe_type, setting_types, unknown
 
@@ -27,7 +27,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     accepted, problems = check_overrides(overrides)
     if problems:
         raise ConfigError(*problems)
-    ConfigStore.instance().store("schema", thawed_schema())
+    ConfigStore.instance().store("schema", mutable_schema())
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return cast(RunConfig, OmegaConf.to_object(hydra_compose("config", overrides=accepted)))

@@ -9,7 +9,7 @@ from core.flops import head_flops, layer_flops
 from data.batch_schedule import BatchSchedule, parse_batch_schedule
 from data.config import DataConfig
 from parallel.config import ParallelConfig
-from parallel.stages import divide_layers, takes
+from parallel.stages import divide_layers, supports_micro_batches
 from runtime.messages import divisors
 
 
@@ -211,7 +211,7 @@ class RunConfig:
         enough = (
             number
             for number in reversed(divisors(most))
-            if all(takes(layout.pp_schedule, layout.pp, share // number) for share in shares)
+            if all(supports_micro_batches(layout.pp_schedule, layout.pp, share // number) for share in shares)
         )
         return next(enough, 1)
 

@@ -190,6 +190,19 @@ def test_the_source_stays_within_its_budget():
     assert lines["runs it"] < 8_500
 
 
+WORDS = ("held against", "in vain", "heeded", "pulse", "pulses", "culprit", "culprits", "spoilt", "twin", "twins")
+WORDS += ("obstacle", "obstacles", "pass_by", "stages_a_rank", "_put_down")
+"""Words of a dialect that readers had to learn first; CONTRIBUTING.md says what to write instead."""
+
+
+def test_nothing_is_said_in_words_that_a_reader_has_to_learn():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for file in [*SOURCES, *BENCHMARKS, *pages]:
+        text = file.read_text(encoding="utf-8")
+        said = re.findall(rf"(?<![\w])({'|'.join(WORDS)})(?![\w])", text, re.IGNORECASE)
+        assert not said, f"{file.relative_to(ROOT)} says {said[0]}"
+
+
 def test_every_document_that_is_linked_is_there():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

@@ -35,7 +35,7 @@ def _run_tool(words: list[str]) -> int:
         "describe": "say how large a model is, what a token costs and what training it holds",
         "layouts": "list the ways to divide a model over ranks",
         "timeline": "draw what pipeline ranks do when, and how long they idle",
-        "parity": "hold a layout against one process, scaled down to this machine",
+        "parity": "compare a layout with one process, scaled down to this machine",
         "checkpoint": "list, show and verify the checkpoints of a run",
         "import": "make a run directory of a Hugging Face model",
         "export": "write a run's model as a Hugging Face directory",

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = resolve(without_data(config), {})
     if resolved.world_size == 1:
         raise ConfigError(
-            "world_size=1: one process is what layouts are held against; say which layout, such as "
+            "world_size=1: one process is what layouts are compared with; say which layout, such as "
             "world_size=4 parallel.tp=2"
         )
     small = scale_down(resolved)

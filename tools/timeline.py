@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     orders = run_ranks(layout.pp, executed_order, config)
     spans = simulate(orders, layout.stages)
     idle = bubble(spans, layout.pp)
-    ideal = ideal_bubble(layout.pp_schedule, layout.pp, layout.stages_a_rank, micro_batches)
+    ideal = ideal_bubble(layout.pp_schedule, layout.pp, layout.stages_per_rank, micro_batches)
     theory = "no formula below two micro-batches a rank" if ideal is None else f"in theory {ideal:.1%}"
     each = layout.pp_schedule, layout.pp
     kept = [peak_in_flight(spans, rank) for rank in range(layout.pp)]
-    bounds = [most_in_flight(*each, rank, layout.stages_a_rank, micro_batches) for rank in range(layout.pp)]
+    bounds = [most_in_flight(*each, rank, layout.stages_per_rank, micro_batches) for rank in range(layout.pp)]
     title = f"{layout.pp_schedule}, {layout.pp} ranks, {layout.stages} stages, {micro_batches} micro-batches"
     print(as_text(spans, layout.pp, layout.stages))
     print("F forward, B backward, I and W its gradients of inputs and of weights; small letters: a rank's other stage")

@@ -28,16 +28,16 @@ def assemble(
     from parallel.pipeline import Pipeline  # torch's pipelining takes a second to import
 
     precision = PRECISIONS[config.train.precision]
-    own = stages_of_rank(mesh.pp_rank, layout.pp, layout.stages_a_rank, layout.pp_schedule)
+    own = stages_of_rank(mesh.pp_rank, layout.pp, layout.stages_per_rank, layout.pp_schedule)
 
-    def hidden_like(input_ids: torch.Tensor) -> torch.Tensor:
+    def activation_meta(input_ids: torch.Tensor) -> torch.Tensor:
         samples, length = input_ids.shape
         shape = samples, length // (mesh.tp_size if layout.sequence_parallel else 1), config.model.hidden_size
         return torch.empty(shape, dtype=precision.compute, device="meta", requires_grad=True)
 
     tied = TIED if config.model.tie_embeddings else None
     modules = [_sharded(config, mesh, stages[index], compile_layers)[0] for index in own]
-    return Pipeline(modules, layout, mesh, device, hidden_like, tied)
+    return Pipeline(modules, layout, mesh, device, activation_meta, tied)
 
 
 def _sharded(

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from checkpoint.save import CheckpointSaver
 from monitoring.recorder import Recorder
-from parallel.agreement import exchange, on_rank_zero, to_all
+from parallel.agreement import on_rank_zero, run_on_all_ranks, to_all
 from parallel.sharding import TensorPart
 from runtime.errors import NonFiniteError, StorageError
 from runtime.heartbeat import Heartbeat
@@ -22,8 +22,8 @@ SLOW_FIRST_SAVE = 2.0
 """Seconds from which on the first save is worth a word."""
 
 
-class Saving:
-    """Saves of one run; every method but `look` is collective, at the same step on all ranks.
+class CheckpointManager:
+    """Saves of one run; every method but `poll` is collective, at the same step on all ranks.
 
     Args:
         most_failures: saves in a row that may fail before the run is asked to stop.
@@ -63,7 +63,7 @@ class Saving:
         self._require_finite(step, tensors)
         with self._heartbeat.during("saving a checkpoint"):
             self._saver.save(step, tensors, state)
-        self.look()
+        self.poll()
         seconds = time.perf_counter() - began
         self._stalled += seconds
         if self._is_first and self._recorder and seconds > SLOW_FIRST_SAVE and not self._ending:
@@ -85,7 +85,9 @@ class Saving:
             names = (name for name, values in weights.items() if not values.isfinite().all())
             return next(names, "").removeprefix("model.")
 
-        name = exchange(own, to_all(lambda found: next(filter(None, found))), "looking for weights that are not finite")
+        name = run_on_all_ranks(
+            own, to_all(lambda found: next(filter(None, found))), "looking for weights that are not finite"
+        )
         goes_on = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint"
         raise NonFiniteError(
             f"step {step}: its update made weights of {name} not finite, so the step is not saved; {goes_on}; try a "
@@ -110,9 +112,9 @@ class Saving:
             self._saver.written.wait()
         self._saver.all_written.wait()
         with self._heartbeat.during("finishing a checkpoint" if self._recorder else None):
-            self.look(wait=True)
+            self.poll(wait=True)
 
-    def look(self, *, wait: bool = False) -> None:
+    def poll(self, *, wait: bool = False) -> None:
         """Take note of a save that is over. Too many that failed in a row ask the run to stop."""
         ended = self._saver.ended(wait=wait)
         if ended is None:
@@ -145,7 +147,7 @@ class Saving:
         waiting = self._recorder.metrics.retry()
         return (f"step {step} is saved", f"{counted(waiting, 'line')} of metrics wait in memory") if waiting else None
 
-    def take_stall(self) -> float:
+    def pop_stall_ms(self) -> float:
         """Milliseconds that saves held training up since the last call."""
         stalled, self._stalled = self._stalled, 0.0
         return 1000 * stalled

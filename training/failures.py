@@ -12,13 +12,13 @@ from monitoring.run_directory import RunDirectory, State
 from parallel.agreement import is_peer_failure
 from parallel.process_group import FLIGHT_RECORD, ProcessInfo
 from runtime.errors import (
-    SECONDS_FOR_LAST_WORDS,
+    RANK_ZERO_REPORT_GRACE_SECONDS,
     PeerError,
     RunDirectoryError,
     RunError,
     StorageError,
 )
-from runtime.heartbeat import culprits
+from runtime.heartbeat import find_unresponsive_ranks
 from runtime.messages import first_line
 from runtime.streams import tell
 from settings.config import RunConfig
@@ -29,7 +29,7 @@ def as_peer_error(error: BaseException, logs: Path, timeout: float) -> BaseExcep
     `logs` has their heartbeats, and `timeout` is in seconds."""
     if not is_peer_failure(error):
         return error
-    return peer_error(culprits(logs, timeout), logs, first_line(error))
+    return peer_error(find_unresponsive_ranks(logs, timeout), logs, first_line(error))
 
 
 def peer_error(named: dict[int, str], logs: Path, noticed: str) -> PeerError:
@@ -52,7 +52,7 @@ def end_from_thread(
     if process.rank == 0:
         tell(f"error: {failure}")
     else:
-        time.sleep(SECONDS_FOR_LAST_WORDS)
+        time.sleep(RANK_ZERO_REPORT_GRACE_SECONDS)
     os._exit(failure.exit_code)
 
 

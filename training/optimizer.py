@@ -82,11 +82,11 @@ def training_tensors(
 
 
 @torch.no_grad()
-def copy_to_twins(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def sync_tied_weights(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Where a rank has a weight twice, at both ends of a pipeline, give the other what the one in `parameters` has."""
-    for name, twin in model.named_parameters():
+    for name, duplicate in model.named_parameters():
         original = parameters[name]
-        if twin is not original:
-            twin.copy_(original)
+        if duplicate is not original:
+            duplicate.copy_(original)
             for key, value in optimizer.state[original].items():
-                optimizer.state[twin][key].copy_(value)
+                optimizer.state[duplicate][key].copy_(value)

@@ -14,7 +14,7 @@ from monitoring.recorder import Recorder
 from monitoring.run_directory import LOGS, RunDirectory
 from parallel.agreement import on_rank_zero
 from parallel.process_group import process_group
-from runtime.determinism import make_deterministic, refusing_by_name
+from runtime.determinism import make_deterministic, translate_nondeterminism_errors
 from runtime.errors import (
     ConfigError,
     DamageError,
@@ -22,7 +22,7 @@ from runtime.errors import (
 )
 from runtime.fault_injection import Faults
 from runtime.files import wait_until_visible
-from runtime.heartbeat import FOLDER, Heartbeat, giving_up
+from runtime.heartbeat import FOLDER, Heartbeat, watchdog
 from runtime.run_files import require_folder, require_writable
 from runtime.stop import STOP_FILE, StopRequest, stoppable
 from runtime.streams import tell
@@ -68,13 +68,13 @@ def train(config: RunConfig, overrides: list[str], began: float) -> int:
                     stop.settle(completed=True)
                 return 0
             wait_until_visible(logs / FOLDER)
-            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, refusing_by_name():
+            with Heartbeat(logs, process.rank, timeout.total_seconds()) as heartbeat, translate_nondeterminism_errors():
 
                 def give_up(named: dict[int, str]) -> None:
-                    failure = peer_error(named, logs, f"waited for {heartbeat.patience:.0f} s")
+                    failure = peer_error(named, logs, f"waited for {heartbeat.timeout:.0f} s")
                     end_from_thread(failure, config, process, recorder, trainer.step if trainer else None, attempt)
 
-                with giving_up(heartbeat, give_up):
+                with watchdog(heartbeat, give_up):
                     trainer = Trainer(config, process, recorder, stop, heartbeat, faults)
                     completed = trainer.run()
         except BaseException as error:

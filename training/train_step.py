@@ -18,7 +18,7 @@ from parallel.gradients import (
     sum_partial_gradients,
 )
 from parallel.mesh import ParallelMesh
-from runtime.fault_injection import Faults, Passing, pass_by
+from runtime.fault_injection import Faults, Passing, no_faults
 from training.precision import LossScale
 
 
@@ -52,7 +52,7 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was started: its global numbers, and what this rank fed, to name the culprit of a NaN."""
+    """A step that was started: its global numbers, and what this rank fed, to name the rank and samples of a NaN."""
 
     step: int
     numbers: StepNumbers
@@ -113,8 +113,8 @@ class TrainStep:
         self.device = device
         self.loss_scale = loss_scale
         self.faults = faults or Faults()
-        uncounted = set(map(id, data_parallel.uncounted))
-        self._counted = [parameter for parameter in self.parameters if id(parameter) not in uncounted]
+        tied_duplicates = set(map(id, data_parallel.tied_duplicates))
+        self._counted = [parameter for parameter in self.parameters if id(parameter) not in tied_duplicates]
         self._partial = partial_parameters(data_parallel.model, mesh.tensor)
         self._non_finite = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -125,22 +125,22 @@ class TrainStep:
         accumulated = self.accumulate(micro_batches, self.faults.of_step(step))
         return self.update(step, accumulated, micro_batches, learning_rate, stop=stop)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], passing: Passing = pass_by) -> Accumulated:
+    def accumulate(self, micro_batches: Sequence[MicroBatch], passing: Passing = no_faults) -> Accumulated:
         """Leave in every parameter's `grad` the gradient of the mean loss over the global batch, not yet clipped."""
         batches = [batch_to_device(batch, self.device) for batch in micro_batches]
         tokens = count_tokens(batches, self.mesh)
 
-        spoilt = passing("forward")
+        nan_asked_for = passing("forward")
 
         def mean(loss: torch.Tensor) -> torch.Tensor:
-            nonlocal spoilt
-            spoilt = passing("backward") or spoilt
+            nonlocal nan_asked_for
+            nan_asked_for = passing("backward") or nan_asked_for
             scaled = loss / tokens.to(loss.dtype)
             return scaled if self.loss_scale is None else scaled * self.loss_scale.scale
 
         losses = self.data_parallel.forward_backward(batches, mean)
-        if passing("grad_sync") or spoilt:
-            self._spoil()
+        if passing("grad_sync") or nan_asked_for:
+            self._fill_gradients_with_nan()
         sum_partial_gradients(self._partial, self.mesh.tensor)
         if self.loss_scale is not None:
             scale_gradients(local_gradients(self.parameters), 1 / self.loss_scale.scale)
@@ -157,7 +157,7 @@ class TrainStep:
     ) -> StepResult:
         """Sum loss, squared gradient norm and wishes to stop over all ranks in one collective, clip, and move."""
         if self.faults.at(step, "optimizer"):
-            self._spoil()
+            self._fill_gradients_with_nan()
         # Tensor-parallel ranks feed the same samples.
         own_loss = accumulated.local_losses.sum() * (self.mesh.tp_rank == 0)
         totals = torch.stack([own_loss, square_sum(self._counted, self.mesh), own_loss.new_full((), float(stop))])
@@ -168,7 +168,7 @@ class TrainStep:
         numbers = StepNumbers(torch.stack([loss, gradient_norm, totals[2], scale]))
         return StepResult(step, numbers, accumulated.local_losses, micro_batches)
 
-    def _spoil(self) -> None:
+    def _fill_gradients_with_nan(self) -> None:
         for gradient in local_gradients(self.parameters):
             gradient.fill_(torch.nan)
 

@@ -44,11 +44,11 @@ from settings.checks.batch import check_batch_epochs
 from settings.config import RunConfig
 from settings.stored import changed_settings, config_of
 from training.build import assemble, compiled_parts
-from training.checkpointing import Saving
+from training.checkpointing import CheckpointManager
 from training.compilation import decide_compilation
 from training.initial_weights import load_weights
 from training.learning_rate import learning_rate
-from training.optimizer import build_optimizer, copy_to_twins, training_tensors
+from training.optimizer import build_optimizer, sync_tied_weights, training_tensors
 from training.precision import build_loss_scale
 from training.resume import check_same_run, go_back, what_to_resume, why_not_back
 from training.step_log import StepLog
@@ -95,7 +95,7 @@ class Trainer:
             require_owner=lambda: recorder.directory.ownership.check() if recorder else None,
         )
         saver.require_space(self._tensors())
-        self.saving = Saving(saver, how.max_failures, heartbeat, stop, recorder, self.step)
+        self.checkpoints = CheckpointManager(saver, how.max_failures, heartbeat, stop, recorder, self.step)
         self.train_step = TrainStep(
             self.data_parallel,
             self.optimizer,
@@ -116,7 +116,7 @@ class Trainer:
             if train.compile is None and self.device.type == "cuda":
                 self._note(f"compile  {self.compilation}")
             self.recorder.start(self.step)
-        self.stop.heeded = True
+        self.stop.graceful = True
         steps = train.profile_steps if self.recorder else range(0)
         folder = Path(self.config.run_dir) / LOGS / "profile"
         profiler = StepProfiler(steps, folder, self.device, self._note, self.timer.pause)
@@ -149,7 +149,7 @@ class Trainer:
             with self.timer.pause() if step == self.started_from + 1 else nullcontext():
                 collect_garbage(step)
             profiler.end(step)
-            self.saving.look()
+            self.checkpoints.poll()
             self.evaluation_due = self._is_due(train.eval_interval)
             if self.evaluation_due and not stopping:
                 stopping = log.look() or self._evaluate()
@@ -159,7 +159,7 @@ class Trainer:
             if self._is_due(self.config.checkpoint.interval) and step < train.steps and not stopping:
                 log.look()  # no checkpoint is made of a step whose numbers nobody knows
                 with self.timer.pause():
-                    self.saving.save(step, self._tensors(), self._state())
+                    self.checkpoints.save(step, self._tensors(), self._state())
                     stopping = self._any_wish_to_stop()
         log.look()
         reader.close()
@@ -172,7 +172,7 @@ class Trainer:
             self.recorder,
             self.faults,
             self.timer,
-            self.saving.take_stall,
+            self.checkpoints.pop_stall_ms,
             step=self.step,
             consumed_samples=self.consumed_samples,
         )
@@ -192,7 +192,7 @@ class Trainer:
         if first:
             timeout = timedelta(minutes=self.config.parallel.timeout_minutes)
             set_timeout(timeout, self.device.type)
-            self.heartbeat.patience = timeout.total_seconds()
+            self.heartbeat.timeout = timeout.total_seconds()
         if compiled is not None:
             result.numbers.read()
             self._note(f"compiled in {time.perf_counter() - begin:.0f} s, the step itself included")
@@ -242,9 +242,9 @@ class Trainer:
     def _finish(self) -> bool:
         """Save and sum up; True where the run is complete."""
         completed = self.step >= self.config.train.steps and not self.evaluation_due
-        self.saving.wait()
-        if self.step > self.started_from and self.saving.saved_step != self.step:
-            self.saving.save_last(self.step, self._tensors(), self._state())
+        self.checkpoints.wait()
+        if self.step > self.started_from and self.checkpoints.saved_step != self.step:
+            self.checkpoints.save_last(self.step, self._tensors(), self._state())
         validation = self.splits.validation
         if completed and self.recorder:
             vocabulary = self.config.model.vocabulary
@@ -319,7 +319,7 @@ class Trainer:
         elif config.checkpoint.load is not None:
             load_weights(config.checkpoint.load, self.parameters, self.shapes, config)
             self._note(f"weights from {config.checkpoint.load}")
-        copy_to_twins(model, self.parameters, self.optimizer)
+        sync_tied_weights(model, self.parameters, self.optimizer)
         if chosen is None and self.recorder and (run_dir / "metrics.jsonl").stat().st_size:
             self._note(f"{run_dir} was started before but holds no checkpoint: starting from step 0 again")
 
@@ -352,7 +352,7 @@ class Trainer:
             self._note("\n  ".join([f"settings that were others when step {self.step} was saved:", *changed]))
         # Checkpoints of older versions do not say it: their configuration always did.
         self._say_what_compiling_changes(manifest.state.get("compiled_layers", saved.train.compile))
-        self._say_what_was_asked_for_in_vain(saved, going_back=going_back)
+        self._warn_about_ignored_settings(saved, going_back=going_back)
         if going_back and (left := on_rank_zero(lambda: go_back(path.parent, self.step))):
             self._note(f"the course after step {self.step} is left: {', '.join(left)} may be removed")
 
@@ -371,7 +371,7 @@ class Trainer:
                 f"that does not change; train.compile={str(before).lower()} keeps to what was"
             )
 
-    def _say_what_was_asked_for_in_vain(self, saved: RunConfig, *, going_back: bool) -> None:
+    def _warn_about_ignored_settings(self, saved: RunConfig, *, going_back: bool) -> None:
         wanted = self.config.checkpoint
         if wanted.resume != "auto" and not going_back:
             self._note(why_not_back(Path(self.config.run_dir), wanted.resume))

@@ -136,7 +136,7 @@ def ragged_batches(config: RunConfig, steps: int = STEPS) -> list[MicroBatch]:
                 start = end
         labels[0, 0] = tokens[0, 1]
         if step == 0 and config.parallel.dp > 1:
-            for part in own_rows(config, config.parallel.dp - 1):
+            for part in local_rows(config, config.parallel.dp - 1):
                 labels[part] = IGNORED_LABEL
         if step == 1:
             labels[:, -(-seq // 4) :] = IGNORED_LABEL
@@ -144,7 +144,7 @@ def ragged_batches(config: RunConfig, steps: int = STEPS) -> list[MicroBatch]:
     return batches
 
 
-def own_rows(config: RunConfig, dp_rank: int) -> list[slice]:
+def local_rows(config: RunConfig, dp_rank: int) -> list[slice]:
     """The samples of a global batch that a rank takes, by micro-batch, as `data.batches.BatchReader` deals them."""
     micro = config.micro_batch_size
     starts = range(dp_rank * micro, config.train.global_batch_size, config.parallel.dp * micro)
@@ -179,7 +179,7 @@ def run_layout(config: RunConfig, batches: Sequence[MicroBatch]) -> Trajectory:
     for number, batch in enumerate(batches, start=1):
         share = [
             MicroBatch(batch.input_ids[rows], batch.labels[rows], [], batch.sample_indices[rows])
-            for rows in own_rows(config, mesh.dp_rank)
+            for rows in local_rows(config, mesh.dp_rank)
         ]
         accumulated = train_step.accumulate(share)
         found = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
-from parallel.stages import takes
+from parallel.stages import supports_micro_batches
 from settings.config import CheckpointConfig, RunConfig
 
 RANKS = 8
@@ -41,7 +41,9 @@ def scale_down(config: RunConfig) -> RunConfig:
     layout = smaller_layout(config.parallel)
     micro_batch_size, accumulation = min(2, config.micro_batch_size), min(2, config.accumulation_steps)
     if layout.pp > 1:
-        accumulation = next(count for count in itertools.count(1) if takes(layout.pp_schedule, layout.pp, count))
+        accumulation = next(
+            count for count in itertools.count(1) if supports_micro_batches(layout.pp_schedule, layout.pp, count)
+        )
     seq_length = min(config.seq_length, -(-SEQUENCE // layout.tp) * layout.tp)
     return replace(
         config,

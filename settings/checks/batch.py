@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.metadata import read_metadata
-from parallel.stages import takes
+from parallel.stages import supports_micro_batches
 from runtime.messages import counted, divisors, nearest
 from settings.config import RunConfig
 
@@ -105,7 +105,7 @@ def _advice(config: RunConfig, most: int, key: str) -> str:
     for micro, also in ((config.train.micro_batch_size or 1, ""), (1, " with train.micro_batch_size=null")):
         unit = max(layout.dp, 1) * micro
         for count in range(most // unit, max(0, most // unit - 4 * layout.pp - 2), -1):
-            if layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count):
+            if layout.pp == 1 or supports_micro_batches(layout.pp_schedule, layout.pp, count):
                 return f"{key}{count * unit}{also}"
     return "a shorter data.seq_length, or more data"
 
@@ -122,7 +122,7 @@ def check_batch(config: RunConfig) -> Iterator[str]:
     layout, unit = config.parallel, ranks * (micro or 1)
 
     def fits(count: int) -> bool:
-        return layout.pp == 1 or takes(layout.pp_schedule, layout.pp, count)
+        return layout.pp == 1 or supports_micro_batches(layout.pp_schedule, layout.pp, count)
 
     why = counted(ranks, "data-parallel rank") + (f" * train.micro_batch_size={micro}" if micro else "")
     for size in sizes if ranks >= 1 and fits_into_memory(config) else []:

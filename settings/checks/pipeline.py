@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from parallel.config import ParallelConfig
-from parallel.stages import SPLIT_BACKWARD, V_SHAPED, takes
+from parallel.stages import SPLIT_BACKWARD, V_SHAPED, supports_micro_batches
 from runtime.messages import counted, divisors
 from settings.checks.batch import fits_into_memory
 from settings.config import RunConfig
@@ -42,7 +42,7 @@ def check_pipeline_settings(config: RunConfig) -> Iterator[str]:
 def check_virtual_stages(config: RunConfig) -> Iterator[str]:
     """Every schedule has as many stages a rank as it is made for."""
     layout = config.parallel
-    number, schedule = layout.stages_a_rank, layout.pp_schedule
+    number, schedule = layout.stages_per_rank, layout.pp_schedule
     stated = f"parallel.virtual_stages={number}, but parallel.pp_schedule={schedule}"
     if layout.pp == 1:
         return
@@ -62,13 +62,13 @@ def check_stages(config: RunConfig) -> Iterator[str]:
     if layout.stages > layers:
         stated = f"parallel.pp={layout.pp}"
         stated += (
-            f" * {layout.stages_a_rank} stages a rank = {layout.stages} stages" if layout.stages_a_rank > 1 else ""
+            f" * {layout.stages_per_rank} stages a rank = {layout.stages} stages" if layout.stages_per_rank > 1 else ""
         )
-        fewer = [size for size in pipeline_sizes(config) if size * layout.stages_a_rank <= layers]
+        fewer = [size for size in pipeline_sizes(config) if size * layout.stages_per_rank <= layers]
         virtual = layers // layout.pp
         advice = [f"parallel.pp={fewer[-1]}"] if fewer else []
         if layout.virtual_stages is None:
-            advice += ["parallel.pp_schedule=1f1b"] if layout.stages_a_rank > 1 and virtual else []
+            advice += ["parallel.pp_schedule=1f1b"] if layout.stages_per_rank > 1 and virtual else []
         elif virtual > (layout.pp_schedule != "zb") and layout.pp_schedule not in V_SHAPED:
             advice += [f"parallel.virtual_stages={virtual}"]
         advice += [f"model.num_layers={layout.stages}"]
@@ -93,18 +93,18 @@ def check_pipeline_batch(config: RunConfig) -> Iterator[str]:
         return  # check_batch says why
     for size in sizes:
         number, rest = divmod(size, ranks * micro)
-        if rest or takes(schedule, layout.pp, number):
+        if rest or supports_micro_batches(schedule, layout.pp, number):
             continue
         least = layout.pp * (2 if schedule == "dualpipev" else 1)
         needs = f"at least {least} micro-batches"
         if number >= least:
             needs = f"micro-batches that {number // layout.pp} rounds share equally"
         counts = range(max(1, number - 2 * least), number + 2 * least + 1)
-        legal = [count for count in counts if takes(schedule, layout.pp, count)]
+        legal = [count for count in counts if supports_micro_batches(schedule, layout.pp, count)]
         near = sorted({min(legal, key=lambda count: abs(count - number - shift)) for shift in (-0.5, 0.5)})
         nearest = " or ".join(str(count * ranks * micro) for count in near)
         smaller = [each for each in reversed(divisors(size // ranks)) if each < micro]
-        fitting = [each for each in smaller if takes(schedule, layout.pp, size // (ranks * each))]
+        fitting = [each for each in smaller if supports_micro_batches(schedule, layout.pp, size // (ranks * each))]
         advice = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
         constant = config.train.batch_schedule is None
         advice += [f"train.global_batch_size={nearest}" if constant else f"a size of {nearest}"]

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from core.dropout import CPU_BLOCK_BYTES, DropoutKey, DropoutSite, dropout, dropout_place
+from core.dropout import CPU_BLOCK_BYTES, DropoutKey, DropoutSite, dropout, dropout_site_hash
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -24,7 +24,7 @@ def key_of(samples, positions, hidden, rate=0.25, seed=1234):
 def dropped(samples, positions, hidden, rate=0.25, seed=1234, layer=3, site=DropoutSite.MLP):
     """Which elements `[batch, seq, hidden]` are dropped."""
     ones = torch.ones(len(samples), len(positions), hidden)
-    return dropout(ones, key_of(samples, positions, hidden, rate, seed), dropout_place(layer, site)) == 0
+    return dropout(ones, key_of(samples, positions, hidden, rate, seed), dropout_site_hash(layer, site)) == 0
 
 
 def reference_hash(seed, sample, layer, site, position, channel):
@@ -142,7 +142,7 @@ def test_coordinates_are_not_exchangeable():
 def test_kept_elements_and_their_gradients_are_scaled_and_the_others_zero(dtype):
     rate = 0.3
     x = torch.randn(3, 11, 50, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    result = dropout(x, key_of(range(3), range(11), 50, rate), dropout_place(3, DropoutSite.MLP))
+    result = dropout(x, key_of(range(3), range(11), 50, rate), dropout_site_hash(3, DropoutSite.MLP))
     (gradient,) = torch.autograd.grad(result, x, torch.ones_like(result))
     mask = ~dropped(range(3), range(11), 50, rate)
     assert result.dtype == gradient.dtype == dtype
@@ -153,8 +153,8 @@ def test_kept_elements_and_their_gradients_are_scaled_and_the_others_zero(dtype)
 def test_any_strides_will_do():
     x = torch.randn(50, 11, 3, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
     key = key_of(range(3), range(11), 50)
-    result = dropout(x, key, dropout_place(0, DropoutSite.EMBEDDING))
-    assert torch.equal(result, dropout(x.contiguous(), key, dropout_place(0, DropoutSite.EMBEDDING)))
+    result = dropout(x, key, dropout_site_hash(0, DropoutSite.EMBEDDING))
+    assert torch.equal(result, dropout(x.contiguous(), key, dropout_site_hash(0, DropoutSite.EMBEDDING)))
     (gradient,) = torch.autograd.grad(result.sum(), x)
     assert torch.equal(gradient != 0, result != 0)
 
@@ -162,7 +162,7 @@ def test_any_strides_will_do():
 def test_gradcheck():
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     key = key_of(range(2), range(3), 5)
-    assert torch.autograd.gradcheck(lambda x: dropout(x, key, dropout_place(1, DropoutSite.ATTENTION)), (x,))
+    assert torch.autograd.gradcheck(lambda x: dropout(x, key, dropout_site_hash(1, DropoutSite.ATTENTION)), (x,))
 
 
 def test_only_one_number_per_row_is_saved_beside_the_channels_of_the_key():
@@ -170,7 +170,7 @@ def test_only_one_number_per_row_is_saved_beside_the_channels_of_the_key():
     x = torch.randn(4, 8, 64, requires_grad=True)
     key = key_of(range(4), range(8), 64)
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        dropout(x, key, dropout_place(1, DropoutSite.MLP))
+        dropout(x, key, dropout_site_hash(1, DropoutSite.MLP))
     rows, channels = saved
     assert (rows.dtype, rows.numel()) == (torch.int64, 4 * 8)
     assert channels.data_ptr() == key.channels.data_ptr()
@@ -194,7 +194,7 @@ def test_the_hashes_of_all_elements_are_never_held_at_once():
     x = torch.zeros(4, 256, 1024, requires_grad=True)
     key = key_of(range(4), range(256), 1024)
     with LargestHashes() as largest:
-        dropout(x, key, dropout_place(1, DropoutSite.MLP)).sum().backward()
+        dropout(x, key, dropout_site_hash(1, DropoutSite.MLP)).sum().backward()
     assert CPU_BLOCK_BYTES / 2 < largest.bytes <= CPU_BLOCK_BYTES < x.numel() * 8 / 2
 
 
@@ -204,7 +204,7 @@ def test_recomputation_drops_the_same_elements():
     key = key_of(range(2), range(6), 16)
 
     def layer(x):
-        return dropout(torch.sin(x @ weight), key, dropout_place(1, DropoutSite.MLP))
+        return dropout(torch.sin(x @ weight), key, dropout_site_hash(1, DropoutSite.MLP))
 
     plain, again = layer(x), checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
     assert torch.equal(plain, again)
@@ -214,14 +214,14 @@ def test_recomputation_drops_the_same_elements():
 
 def test_nothing_to_drop_returns_the_very_tensor():
     x = torch.randn(2, 3, 5)
-    assert dropout(x, None, dropout_place(0, DropoutSite.MLP)) is x
-    assert dropout(x, key_of(range(2), range(3), 5, rate=0.0), dropout_place(0, DropoutSite.MLP)) is x
+    assert dropout(x, None, dropout_site_hash(0, DropoutSite.MLP)) is x
+    assert dropout(x, key_of(range(2), range(3), 5, rate=0.0), dropout_site_hash(0, DropoutSite.MLP)) is x
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5), (3, 2, 5), (6, 5), (2, 3, 4)])
 def test_a_key_of_other_rows_or_channels_is_refused(shape):
     with pytest.raises(ValueError, match=r"key of its rows and channels, not one of \(2, 3, 5\)"):
-        dropout(torch.ones(shape), key_of(range(2), range(3), 5), dropout_place(0, DropoutSite.MLP))
+        dropout(torch.ones(shape), key_of(range(2), range(3), 5), dropout_site_hash(0, DropoutSite.MLP))
 
 
 def test_a_compiled_graph_takes_the_channels_as_an_input():
@@ -234,7 +234,7 @@ def test_a_compiled_graph_takes_the_channels_as_an_input():
         return graph.forward
 
     x, key = torch.ones(2, 3, 5, requires_grad=True), key_of(range(2), range(3), 5)
-    place = dropout_place(0, DropoutSite.MLP)
+    place = dropout_site_hash(0, DropoutSite.MLP)
     torch._dynamo.reset()
     compiled = torch.compile(dropout, backend=look, fullgraph=True)
     assert torch.equal(compiled(x, key, place), dropout(x, key, place))
@@ -251,7 +251,7 @@ def test_a_gpu_returns_the_bits_of_the_cpu(dtype):
         dropout(
             x.to(device),
             DropoutKey.build(0.1, 5, samples.to(device), positions.to(device), 4096),
-            dropout_place(2, DropoutSite.ATTENTION),
+            dropout_site_hash(2, DropoutSite.ATTENTION),
         )
         for device in ("cpu", "cuda")
     ]

@@ -1,4 +1,4 @@
-"""Runs that are made to fail, started again, and held against one that nothing interrupted."""
+"""Runs that are made to fail, started again, and compared with one that nothing interrupted."""
 
 import contextlib
 import json

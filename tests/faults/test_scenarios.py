@@ -23,7 +23,7 @@ def out_dir(runs_folder):
 
 @pytest.fixture(scope="session")
 def uninterrupted(out_dir):
-    """layout -> the run that all others of the layout are held against"""
+    """layout -> the run that all others of the layout are compared with"""
     jobs = {layout: Job(out_dir, f"uninterrupted-{layout}", layout) for layout in LAYOUTS}
     for job in jobs.values():
         assert job.start_quickly().code == 0

@@ -107,9 +107,9 @@ def test_what_no_family_can_express_is_named():
     assert "model.position_embedding=rope (it has learned)" in gpt2
     assert "model.num_query_groups" not in gpt2
     assert llama.strip() == "llama: model.activation=relu2 (it has swiglu)"
-    assert GPT2.obstacles(ModelConfig(num_query_groups=3)) == ["model.num_query_groups=3 (it has 12)"]
-    assert GPT2.obstacles(ModelConfig(head_dim=128)) == ["model.head_dim=128 (it has 64)"]
-    (window,) = LLAMA.obstacles(replace(compose(["model=llama3_8b"]).model, sliding_window=7))
+    assert GPT2.unsupported_settings(ModelConfig(num_query_groups=3)) == ["model.num_query_groups=3 (it has 12)"]
+    assert GPT2.unsupported_settings(ModelConfig(head_dim=128)) == ["model.head_dim=128 (it has 64)"]
+    (window,) = LLAMA.unsupported_settings(replace(compose(["model=llama3_8b"]).model, sliding_window=7))
     assert window == "model.sliding_window=7 (it has None)"
 
 
@@ -135,7 +135,7 @@ def test_every_name_of_theirs_and_of_ours_is_told_once():
         assert sorted(name for rule in rules for name in rule.ours) == sorted(names)
         assert len({rule.theirs for rule in rules}) == len(rules)
         assert family in FAMILIES
-        assert not family.obstacles(compose([f"model={preset}"]).model)
+        assert not family.unsupported_settings(compose([f"model={preset}"]).model)
 
 
 def test_shapes_of_fused_and_transposed_tensors():

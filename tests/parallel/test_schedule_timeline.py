@@ -3,7 +3,7 @@
 import pytest
 
 from parallel.schedule_timeline import Action, as_text, bubble, ideal_bubble, most_in_flight, peak_in_flight, simulate
-from parallel.stages import takes
+from parallel.stages import supports_micro_batches
 from settings.compose import compose
 from tests.parity.layouts import SCHEDULES
 from tools.timeline import executed_order, small_run
@@ -18,7 +18,7 @@ def timelines():
     found = {}
     for schedule in SCHEDULES:
         for ranks, micro_batches in CASES:
-            if takes(schedule, ranks, micro_batches):
+            if supports_micro_batches(schedule, ranks, micro_batches):
                 words = [f"parallel.pp={ranks}", f"parallel.pp_schedule={schedule}"]
                 config = small_run(compose(words), micro_batches)
                 orders = run_ranks(ranks, executed_order, config)
@@ -40,7 +40,7 @@ def test_every_micro_batch_passes_every_stage_once(timelines):
 
 def test_idle_time_is_that_of_theory(timelines):
     for (schedule, ranks, micro_batches), (layout, spans) in timelines.items():
-        theory = ideal_bubble(schedule, ranks, layout.stages_a_rank, micro_batches)
+        theory = ideal_bubble(schedule, ranks, layout.stages_per_rank, micro_batches)
         assert bubble(spans, ranks) == pytest.approx(theory), (schedule, ranks, micro_batches)
 
 
@@ -56,7 +56,7 @@ def test_zero_bubbles_are_faster_than_1f1b(timelines):
 def test_no_rank_keeps_more_than_its_schedule_promises(timelines):
     for (schedule, ranks, micro_batches), (layout, spans) in timelines.items():
         for rank in range(ranks):
-            bound = most_in_flight(schedule, ranks, rank, layout.stages_a_rank, micro_batches)
+            bound = most_in_flight(schedule, ranks, rank, layout.stages_per_rank, micro_batches)
             assert 0 < peak_in_flight(spans, rank) <= bound, (schedule, ranks, micro_batches, rank)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.stages import V_SHAPED, build_stages, divide_layers, rank_of_stage, stages_of_rank, takes
+from parallel.stages import V_SHAPED, build_stages, divide_layers, rank_of_stage, stages_of_rank, supports_micro_batches
 
 COSTS = st.tuples(*[st.floats(0.1, 10), st.floats(0, 30), st.floats(0, 30)])
 
@@ -49,6 +49,6 @@ def test_every_stage_has_one_rank(ranks, a_rank, schedule):
 
 
 def test_a_schedule_takes_a_micro_batch_a_rank_and_rounds_of_equal_length():
-    assert [count for count in range(1, 13) if takes("1f1b", 3, count)] == list(range(3, 13))
-    assert [count for count in range(1, 13) if takes("zb", 3, count)] == [3, 4, 5, 6, 8, 9, 12]
-    assert [count for count in range(1, 9) if takes("dualpipev", 3, count)] == [6, 7, 8]
+    assert [count for count in range(1, 13) if supports_micro_batches("1f1b", 3, count)] == list(range(3, 13))
+    assert [count for count in range(1, 13) if supports_micro_batches("zb", 3, count)] == [3, 4, 5, 6, 8, 9, 12]
+    assert [count for count in range(1, 9) if supports_micro_batches("dualpipev", 3, count)] == [6, 7, 8]

@@ -1,4 +1,4 @@
-"""The layouts that are held against one process: every mesh of up to eight ranks, the options spread over them."""
+"""The layouts that are compared with one process: every mesh of up to eight ranks, the options spread over them."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from typing import Any
 from core.config import ModelConfig
 from data.config import DataConfig
 from parallel.config import ParallelConfig
-from parallel.stages import SPLIT_BACKWARD, takes
+from parallel.stages import SPLIT_BACKWARD, supports_micro_batches
 from settings.config import OptimizerConfig, RunConfig, TrainConfig
 from tests.parity.covering import Case, covering_array, pairs
 
@@ -104,7 +104,9 @@ def configuration(model_name: str, case: Case, precision: str = "fp64", *, compi
     accumulation = case.get("accumulation", 1)
     if layout.pp > 1:
         model = replace(model, num_layers=layout.stages + 2 * (case["layers"] == "uneven"))
-        legal = [count for count in range(1, 6 * layout.pp) if takes(layout.pp_schedule, layout.pp, count)]
+        legal = [
+            count for count in range(1, 6 * layout.pp) if supports_micro_batches(layout.pp_schedule, layout.pp, count)
+        ]
         accumulation = legal[0] if case["micro_batches"] == "fewest" else legal[2]
     return RunConfig(
         name=model_name,

@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
 INTRODUCTION = """\
 # Parity: every layout computes what one process does
 
-`make parity` writes this page. Each line is one layout of ranks on gloo, held against one process that takes the whole
+`make parity` writes this page. Each line is one layout of ranks on gloo, compared with one process that takes the whole
 batch at once, in float64, over {steps} optimizer steps on ragged data: documents of many lengths, tokens that count in
 the loss spread very unevenly, and in the first step a data-parallel rank without any. All is gathered and compared:
 

@@ -178,7 +178,7 @@ def tied_gradient_not_exchanged():
 
 
 def tied_gradient_counted_twice():
-    parallel.pipeline.Pipeline.uncounted = property(lambda _: [])
+    parallel.pipeline.Pipeline.tied_duplicates = property(lambda _: [])
 
 
 def stage_with_a_layer_too_few():

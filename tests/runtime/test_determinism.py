@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pretrain_gpt
-from runtime.determinism import refusing_by_name
+from runtime.determinism import translate_nondeterminism_errors
 from runtime.errors import NonDeterministicError
 from verification.local_ranks import run_ranks
 
@@ -94,5 +94,5 @@ def test_the_compiler_is_imported_late_enough_to_be_told():
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="no room"), refusing_by_name():
+    with pytest.raises(RuntimeError, match="no room"), translate_nondeterminism_errors():
         raise RuntimeError("no room")

@@ -34,7 +34,7 @@ def hangups_arrive():
 def test_the_first_signal_is_a_wish_and_the_second_ends_the_process(tmp_path, number, hangups_arrive):
     before = signal.getsignal(number)
     with stoppable(tmp_path / "STOP") as request:
-        request.heeded = True
+        request.graceful = True
         os.kill(os.getpid(), number)
         assert request.reason == number.name
         with pytest.raises(SystemExit) as ended:
@@ -47,7 +47,7 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with stoppable(tmp_path / "STOP") as request:
-            request.heeded = True
+            request.graceful = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert request.reason is None
     finally:
@@ -74,7 +74,7 @@ def test_a_signal_that_nobody_heeds_yet_ends_the_process(tmp_path):
 
 def test_a_signal_after_the_file_is_still_polite(tmp_path):
     request = StopRequest(tmp_path / "STOP")
-    request.heeded = True
+    request.graceful = True
     request.file.touch()
     request.look()
     request.receive(signal.SIGTERM, None)
@@ -147,7 +147,7 @@ def send_twice():
         os.kill(os.getpid(), signal.SIGTERM)
 
 with stoppable(Path("STOP")) as request:
-    request.heeded = True
+    request.graceful = True
     threading.Thread(target=send_twice).start()
     BatchReader(Slow(), lambda _: 10**6, 10**6, 0, 1, num_workers=int(sys.argv[1])).read(0)
 """

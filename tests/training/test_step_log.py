@@ -180,7 +180,7 @@ def order_of_a_run(rank, world_size, words):
     import training.train_step
     import training.trainer
     from monitoring.recorder import Recorder
-    from training.checkpointing import Saving
+    from training.checkpointing import CheckpointManager
     from training.train_step import StepNumbers, TrainStep
     from training.trainer import Trainer
 
@@ -210,7 +210,7 @@ def order_of_a_run(rank, world_size, words):
     before(Recorder, "step", "line", lambda _, metrics: metrics.step)
     before(Recorder, "samples", "samples", lambda _, step, __: step)
     before(Trainer, "_evaluate", "evaluate", lambda self: self.step)
-    before(Saving, "save", "save", lambda _, step, *__: step)
+    before(CheckpointManager, "save", "save", lambda _, step, *__: step)
     assert pretrain_gpt.main(words, os.environ) == 0
     return order
 

@@ -19,8 +19,8 @@ from verification.parity import (
     Trajectory,
     compare,
     describe_layout,
+    local_rows,
     one_process,
-    own_rows,
     put_together,
     ragged_batches,
 )
@@ -161,7 +161,7 @@ def test_data_is_ragged_and_never_without_a_token_that_counts(replicate, shard, 
         assert batch.labels.tobytes() == same.labels.tobytes()
         counted = batch.labels[:, :-1] != -100
         assert (batch.labels[:, :-1][counted] == batch.input_ids[:, 1:][counted]).all()
-    last = np.concatenate([batches[0].labels[part] for part in own_rows(given_config, dp - 1)])
+    last = np.concatenate([batches[0].labels[part] for part in local_rows(given_config, dp - 1)])
     assert (last == -100).all() == (dp > 1)
     assert (batches[1].labels[:, -(-seq // 4) :] == -100).all()
 
@@ -181,7 +181,7 @@ def test_a_rank_takes_the_rows_that_the_reader_would_give_it(replicate, shard, m
     for rank in range(dp):
         reader = BatchReader(dataset, lambda _, rows=rows: rows, micro, rank, dp, 0)
         wanted = [batch.sample_indices.tolist() for batch in reader.read(0)]
-        assert [list(range(rows))[part] for part in own_rows(given_config, rank)] == wanted
+        assert [list(range(rows))[part] for part in local_rows(given_config, rank)] == wanted
 
 
 def test_the_reference_is_one_process_with_the_whole_batch_at_once():
