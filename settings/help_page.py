@@ -1,4 +1,4 @@
-"""The page that `--help` prints, made of what conf/ holds and of the docstrings of the fields."""
+"""What `--help` prints and docs/settings.md says, made of the presets and of the docstrings of the settings."""
 
 import ast
 import inspect
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from settings.compose import compose
 from settings.config import RunConfig
-from settings.keys import CONF, each_setting, presets, show
+from settings.keys import CONF, describe_type, each_setting, presets, setting_types, show
 
 WIDTH = 100
 KEYS_THAT_MATTER = (
@@ -36,6 +36,10 @@ KEYS_THAT_MATTER = (
     "checkpoint.interval",
     "checkpoint.resume",
     "log.wandb",
+)
+SETTINGS_PAGE_COMMAND = (
+    ".venv/bin/python -c 'from settings.help_page import settings_page; print(settings_page(), end=\"\")' "
+    "> docs/settings.md"
 )
 EXAMPLES = (
     ("a small GPT on a laptop, in minutes", "python pretrain_gpt.py experiment=pretrain"),
@@ -89,9 +93,37 @@ def help_page() -> str:
         "  check=true world_size=N     whether N ranks can run it, and how the work is divided",
         "  kilotron describe           parameters, arithmetic a token, and bytes of a model",
         "  kilotron layouts            every way to divide world_size=N ranks, with the memory it takes",
-        "  docs/architecture.md        how it is built",
+        "  docs/settings.md            every key with what it does; docs/architecture.md: how it is built",
     ]
     return "\n".join(page)
+
+
+def settings_page() -> str:
+    """docs/settings.md: every key with its type, its default and its docstring, by groups."""
+    docs, types = field_docs(), setting_types()
+    choices = {key: item.metadata.get("choices") for key, item, _ in each_setting(RunConfig())}
+    defaults = {key: value for key, _, value in each_setting(RunConfig())}
+    groups: dict[str, list[str]] = {}
+    for key in defaults:
+        groups.setdefault(key.rpartition(".")[0], []).append(key)
+    titles = {item.name: inspect.getdoc(item.type) for item in fields(RunConfig) if is_dataclass(item.type)}
+    page = [
+        "# Settings",
+        "",
+        "Every key that a run takes, as `key=value` in any order, with its type and the value that it has where",
+        "neither a preset nor the command line gives one. `--cfg job` shows the values that your words compose. This",
+        "page is made of the docstrings of the settings, by",
+        "",
+        f"    {SETTINGS_PAGE_COMMAND}",
+    ]
+    for group, keys in groups.items():
+        page += ["", f"## {group or 'The run'}", "", f"{titles.get(group, RunConfig.__doc__)}", ""]
+        page += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in keys:
+            meaning = " ".join(docs[key].split()).replace("|", "\\|")
+            kind = ", ".join(f"`{choice}`" for choice in choices[key] or ()) or describe_type(types[key])
+            page.append(f"| `{key}` | {kind} | `{show(defaults[key])}` | {meaning} |")
+    return "\n".join(page) + "\n"
 
 
 def _preset_lines() -> Iterator[str]:

@@ -1,9 +1,19 @@
 """The help page: every field has a docstring, and the page is one that fits a terminal."""
 
+import re
 import shlex
+from pathlib import Path
 
+import pretrain_gpt
 from settings.compose import compose, compose_sweep
-from settings.help_page import EXAMPLES, KEYS_THAT_MATTER, field_docs, help_page
+from settings.help_page import (
+    EXAMPLES,
+    KEYS_THAT_MATTER,
+    SETTINGS_PAGE_COMMAND,
+    field_docs,
+    help_page,
+    settings_page,
+)
 from settings.keys import presets, setting_types
 
 
@@ -35,3 +45,13 @@ def test_the_examples_compose():
         overrides = [word for word in words[words.index("pretrain_gpt.py") + 1 :] if word != "-m"]
         runs = compose_sweep(overrides) if "-m" in words else [overrides]
         assert [compose(run).name for run in runs]
+
+
+def test_the_page_of_settings_is_current():
+    page = Path(pretrain_gpt.__file__).parent / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings_page(), f"make it anew: {SETTINGS_PAGE_COMMAND}"
+
+
+def test_the_page_of_settings_has_every_key_once():
+    keys = re.findall(r"^\| `([\w.]+)` \|", settings_page(), re.MULTILINE)
+    assert sorted(keys) == sorted(setting_types())
