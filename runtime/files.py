@@ -89,15 +89,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def irregular(path: Path) -> str | None:
+    """What is at a path in place of a regular file, such as "a FIFO", which may be waited for without end; None for a
+    regular file or none. Raises OSError where the file system does not answer."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return None if kind == stat.S_IFREG else f"a {_KINDS.get(kind, 'device')}"
+
+
 def is_there(path: Path) -> bool:
-    """Whether there is a regular file. Raises DataPathError where something else is: opening a FIFO could wait for
-    ever."""
-    if path.is_file():
-        return True
-    if path.exists():
-        kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "device")
-        raise DataPathError(f"{path} is a {kind}, no regular file; name a regular file, or put one there")
-    return False
+    """Whether there is a regular file. Raises DataPathError where something else is."""
+    if found := irregular(path):
+        raise DataPathError(f"{path} is {found}, no regular file; name a regular file, or put one there")
+    return path.is_file()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,24 +1,20 @@
 """What must hold of files and folders in a run directory before a start reads them, or counts on writing there."""
 
 import os
-import stat
 from pathlib import Path
 
 from runtime.errors import ConfigError, StorageError
-from runtime.files import temporary_name
+from runtime.files import irregular, temporary_name
 
 
 def require_regular(path: Path) -> None:
     """Raises StorageError where something is at `path` that is no regular file: to open a FIFO may take for ever."""
     try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
+        found = irregular(path)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
-        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a directory" if stat.S_ISDIR(mode) else "a device or socket"
-        raise StorageError(f"{path} is {kind}, where a regular file belongs; remove it, or restore the file")
+    if found:
+        raise StorageError(f"{path} is {found}, where a regular file belongs; remove it, or restore the file")
 
 
 def require_folder(path: Path) -> None:
