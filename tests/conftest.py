@@ -1,9 +1,14 @@
 """Settings that hold for every test."""
 
 import os
+import tempfile
+from pathlib import Path
 
 # Before torch is imported: ranks share few cores, and the server that they are forked from may have no threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two workers of pytest-xdist that compile the same function at once would write the same files.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_tests_{worker}")))
 
 import multiprocessing
 import multiprocessing.forkserver

@@ -18,7 +18,7 @@ import pretrain_gpt
 from parallel import mesh
 from parallel.pipeline import ObservedStage
 from parallel.schedule_timeline import Action
-from runtime.heartbeat import FOLDER, Heartbeat, culprits
+from runtime.heartbeat import FOLDER, Heartbeat, find_unresponsive_ranks
 from training import trainer
 
 SMALL = ["model=tiny", "model.num_layers=4", "model.hidden_size=48", "data=sample", "data.tokenizer=bytes",
@@ -87,27 +87,27 @@ def test_the_others_end_in_time_and_name_the_rank(tmp_path, schedule, action, wh
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
-def test_who_has_no_pulse_is_named_even_where_it_waited(tmp_path):
+def test_a_rank_with_a_stale_file_is_named_even_where_it_waited(tmp_path):
     with Heartbeat(tmp_path, 0, 100) as runs, Heartbeat(tmp_path, 1, 100) as stopped:
         runs.beat(None)
         stopped.beat(None)
         os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 30))
         os.utime(tmp_path / FOLDER / "rank_00000.json", (0, time.time() - 30))
-        runs.pulse()
-        assert list(culprits(tmp_path, 100)) == [1]
-        assert "rank 1 does not answer: step 0, waiting for others" in culprits(tmp_path, 100)[1]
+        runs.refresh()
+        assert list(find_unresponsive_ranks(tmp_path, 100)) == [1]
+        assert "rank 1 does not answer: step 0, waiting for others" in find_unresponsive_ranks(tmp_path, 100)[1]
         # Stopped, but not for long enough to be sure.
         os.utime(tmp_path / FOLDER / "rank_00001.json", (0, time.time() - 1.7))
-        runs.pulse()
-        assert list(culprits(tmp_path, 3)) == [1]
+        runs.refresh()
+        assert list(find_unresponsive_ranks(tmp_path, 3)) == [1]
 
 
 def test_a_rank_that_ends_well_leaves_nothing(tmp_path):
     with Heartbeat(tmp_path, 0, 100) as heartbeat, heartbeat.during("something"):
-        assert culprits(tmp_path, 100) == {}, "it is alive and has not been at it for long"
-        assert "rank 0 does not answer: step 0, something" in culprits(tmp_path, 0)[0]
+        assert find_unresponsive_ranks(tmp_path, 100) == {}, "it is alive and has not been at it for long"
+        assert "rank 0 does not answer: step 0, something" in find_unresponsive_ranks(tmp_path, 0)[0]
     assert not list((tmp_path / FOLDER).iterdir())
-    heartbeat.pulse()  # of a thread that is late
+    heartbeat.refresh()  # of a thread that is late
     assert not list((tmp_path / FOLDER).iterdir())
 
 
@@ -118,8 +118,8 @@ def test_who_is_gone_is_named_before_who_is_busy(tmp_path):
         gone._who["pid"] = dead.pid
         gone.step = 7
         gone.beat(None)
-        assert list(culprits(tmp_path, 0)) == [3]
-        assert "rank 3 is gone: step 7, waiting for others" in culprits(tmp_path, 0)[3]
+        assert list(find_unresponsive_ranks(tmp_path, 0)) == [3]
+        assert "rank 3 is gone: step 7, waiting for others" in find_unresponsive_ranks(tmp_path, 0)[3]
 
 
 @pytest.mark.parametrize("removed", [True, False])
@@ -130,7 +130,7 @@ def test_a_rank_that_outlived_its_start_takes_nothing_from_the_next_one(tmp_path
         shutil.rmtree(tmp_path / FOLDER)
     with Heartbeat(tmp_path, 1, 100) as hung, hung.during("something of now"):
         orphan.beat("something else of then")
-        orphan.pulse()
+        orphan.refresh()
         orphan.__exit__(None, None, None)
-        assert "rank 1 does not answer: step 0, something of now" in culprits(tmp_path, 0)[1]
+        assert "rank 1 does not answer: step 0, something of now" in find_unresponsive_ranks(tmp_path, 0)[1]
     assert not list((tmp_path / FOLDER).iterdir())
