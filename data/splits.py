@@ -74,7 +74,8 @@ def open_splits(
             opened[name] = GPTDataset(indexed, start, stop, seq_length, seed, vocab_size=vocab_size)
         except DataPathError as error:
             share = f"{end - first} of {indexed.num_documents} documents"
-            absent[name] = f"the {name} split of {prefix} has {share} and {error}"
+            advice = "; `kilotron prepare --document-separator` cuts a text into documents" if first == end else ""
+            absent[name] = f"the {name} split of {prefix} has {share} and {error}{advice}"
     if "train" in absent:
         raise DataPathError(absent["train"])
     train = opened["train"]

@@ -43,8 +43,8 @@ def find(path: Path) -> list[Path]:
 
 
 def list_all(found: list[Path]) -> Iterator[str]:
-    """A line a checkpoint: step, size, when it was saved, validation loss, and whether its files are all there."""
-    yield f"{'checkpoint':28} {'GB':>8} {'files':>6}  {'saved':19} {'eval loss':>9}  files"
+    """A line per checkpoint: step, size, when it was saved, validation loss, and whether its files are all there."""
+    yield f"{'checkpoint':28} {'GB':>8} {'files':>6}  {'saved':19} {'eval loss':>9}  state"
     for path in found:
         try:
             manifest = read_manifest(path)
@@ -56,7 +56,7 @@ def list_all(found: list[Path]) -> Iterator[str]:
         shown = f"{loss:.3f}" if isinstance(loss, float) else ""
         yield (
             f"{path.name:28} {_size(manifest) / 1e9:8.3f} {len(manifest.files):6}  {saved or ''!s:19} {shown:>9}  "
-            f"{_damage(path, manifest, 'sizes') or 'as long as they were'}"
+            f"{_damage(path, manifest, 'sizes') or 'sizes match'}"
         )
 
 

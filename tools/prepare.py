@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{metadata.tokens:,} tokens, vocabulary of {metadata.vocab_size:,}"
     )
     if metadata.documents < 3:
-        print("few documents: data.split gives validation and test none; see --document-separator")
-    print(f"next: python pretrain_gpt.py data=files data.path={arguments.output}")
+        print("few documents: there are none for a validation split; --document-separator cuts a text into several")
+    print(f"next: python pretrain_gpt.py name=my_run data=files data.path={arguments.output}")
     return 0
 
 

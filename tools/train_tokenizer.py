@@ -39,5 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     save_tiktoken(output, tokens)
     print(f"wrote {output}: a vocabulary of {arguments.vocab_size:,}")
     options = ["--tokenizer", str(output), "--output", str(output.with_suffix(""))]
+    if arguments.document_separator is not None:
+        options += ["--document-separator", arguments.document_separator.replace("\n", r"\n")]
     print("next: kilotron prepare " + shlex.join([*map(str, arguments.inputs), *options]))
     return 0

@@ -24,14 +24,14 @@ def test_files_become_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert written == (
         f"wrote {output}.bin, .idx and .meta.json: 3 documents (3 without text skipped), 15 tokens, vocabulary of 257"
     )
-    assert following == f"next: python pretrain_gpt.py data=files data.path={output}"
+    assert following == f"next: python pretrain_gpt.py name=my_run data=files data.path={output}"
     assert struct.unpack("<3H", Path(f"{output}.bin").read_bytes()[-6:])[-1] == 256
 
 
 def test_few_documents_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("one")
     assert main(["prepare", str(tmp_path / "a.txt"), "--output", str(tmp_path / "a"), "--tokenizer", "bytes"]) == 0
-    assert "see --document-separator" in capsys.readouterr().out
+    assert "--document-separator cuts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
