@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,12 +33,12 @@ def read_documents(inputs: Sequence[Path], json_key: str = "text", separator: st
 def find_files(inputs: Sequence[Path]) -> list[Path]:
     """The files that `inputs` stand for.
 
-    Raises DataPathError where one is missing or no regular file, or a folder holds none.
+    Raises DataPathError where one is missing, cannot be read or is no regular file, or a folder holds none.
     """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in _FOUND_IN_FOLDERS and file.is_file())
+            found = sorted(_texts_under(path))
             if not found:
                 raise DataPathError(
                     f"{path} holds no {' or '.join(_FOUND_IN_FOLDERS)} file; name other files one by one"
@@ -45,11 +46,35 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
             files += found
         elif is_there(path):
             files.append(path)
+        elif path.is_symlink():
+            raise DataPathError(f"{path} is a link to {path.readlink()}, which is not there")
         else:
             names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
             nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
             raise DataPathError(f"no input {path}" + (f"; nearest: {path.parent / nearest[0]}" if nearest else ""))
     return files
+
+
+def _texts_under(folder: Path) -> Iterator[Path]:
+    """Text files at any depth, also behind links; a folder to which several lead is taken once."""
+
+    def fail(error: OSError) -> None:
+        raise DataPathError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders.sort()
+        real = Path(here).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(here, name) for name in names):
+            if path.suffix not in _FOUND_IN_FOLDERS:
+                continue
+            if not is_there(path):
+                raise DataPathError(f"{path} is a link to {path.readlink()}, which is not there")
+            yield path
 
 
 def _text_documents(file: Path, separator: str | None) -> Iterator[str]:

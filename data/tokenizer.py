@@ -20,6 +20,8 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Cuts text into pieces that no token crosses; the one Llama 3's `.tiktoken` file is published with."""
+LONGEST_PIECE = 1000
+"""Characters of a piece in training, whose time grows with the square of that: text without blanks is cut here."""
 _BLANKS = re.compile(r"\s{100000}")
 _BYTES = [bytes([value]) for value in range(256)]
 
@@ -99,7 +101,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> list[bytes]:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level]
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(rf"[\s\S]{{{LONGEST_PIECE}}}"), "isolated"),
+            byte_level,
+        ]
     )
     alphabet = byte_level.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)

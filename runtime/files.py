@@ -89,6 +89,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError from within that names no file, as one of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def irregular(path: Path) -> str | None:
     """What is at a path in place of a regular file, such as "a FIFO", which may be waited for without end; None for a
     regular file or none. Raises OSError where the file system does not answer."""

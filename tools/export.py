@@ -62,7 +62,7 @@ def _export(arguments: argparse.Namespace, path: Path, manifest: "Manifest") -> 
     from checkpoint.tensor_files import TORCH_DTYPES
     from models.families import family_for, family_of
     from models.hugging_face import HEAD, WORDS
-    from runtime.files import publish_directory, temporary_directory
+    from runtime.files import naming, publish_directory, temporary_directory
     from settings.stored import config_of
 
     config = config_of(path, manifest)
@@ -83,7 +83,7 @@ def _export(arguments: argparse.Namespace, path: Path, manifest: "Manifest") -> 
     shapes = {name: entry.shape for name, entry in entries.items()}
     dtypes = {rule: TORCH_DTYPES[DTYPES.get(arguments.dtype, entries[rule.ours[0]].dtype)] for rule in rules}
     layout = {rule: (dtypes[rule], rule.shape(shapes)) for rule in rules}
-    with temporary_directory(beside=arguments.output) as folder:
+    with naming(arguments.output), temporary_directory(beside=arguments.output) as folder:
         write_weights(folder, layout, arguments.max_shard_size, load)
         end = _write_tokenizer(arguments.run_dir, config, folder, manifest.state.get("tokenizer_sha256"))
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end)

@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prepares the data and says what it wrote. Raises DataPathError, TokenizerError or CorruptDataError."""
     from data.documents import read_documents
     from data.preparation import left_behind, prepare_documents
+    from runtime.files import naming
 
     documents = read_documents(arguments.inputs, arguments.json_key, arguments.document_separator)
     output = Path(arguments.output)
@@ -34,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"the latter case",
             file=sys.stderr,
         )
-    prepared = prepare_documents(documents, output, arguments.tokenizer, arguments.seed, _show_progress)
+    with naming(output):
+        prepared = prepare_documents(documents, output, arguments.tokenizer, arguments.seed, _show_progress)
     metadata = prepared.metadata
     skipped = f" ({prepared.skipped:,} without text skipped)" if prepared.skipped else ""
     print(

@@ -130,3 +130,35 @@ def test_other_encodings_are_refused(tmp_path: Path) -> None:
     path.write_bytes("für".encode("latin-1"))
     with pytest.raises(CorruptDataError, match=r"latin.txt is not UTF-8 text .*iconv"):
         list(read_documents([path]))
+
+
+def test_texts_behind_links_are_taken_once(tmp_path):
+    (tmp_path / "folder" / "own").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.txt").write_text("linked")
+    (tmp_path / "folder" / "a.txt").write_text("own")
+    (tmp_path / "folder" / "part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / "own" / "again").symlink_to(tmp_path / "folder")
+    assert list(read_documents([tmp_path / "folder"])) == ["own", "linked"]
+
+
+def test_what_cannot_be_read_in_a_folder_is_named_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("own")
+    link = tmp_path / "b.txt"
+    link.symlink_to(tmp_path / "not mounted")
+    for inputs in ([tmp_path], [link]):
+        with pytest.raises(DataPathError, match=r"b\.txt is a link to .*not mounted, which is not there"):
+            read_documents(inputs)
+    link.unlink()
+    os.mkfifo(link)
+    with pytest.raises(DataPathError, match=r"b\.txt is a FIFO"):
+        read_documents([tmp_path])
+    link.unlink()
+
+    def walk(folder, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/closed"))
+        yield from ()
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(DataPathError, match="closed cannot be read: Permission denied"):
+        read_documents([tmp_path])

@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import Tokenizer, load_tokenizer, save_tiktoken, train_tokenizer
+from data.tokenizer import LONGEST_PIECE, Tokenizer, load_tokenizer, save_tiktoken, train_tokenizer
 from runtime.errors import TokenizerError
 
 TEXTS = [
@@ -148,3 +148,11 @@ def test_an_encoding_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: other)
     with pytest.raises(TokenizerError, match="has 257 tokens for gpt2, not 50257"):
         load_tokenizer("gpt2")
+
+
+def test_text_without_blanks_trains_as_its_pieces_do():
+    """Uncut, half a million letters take minutes."""
+    letters = random.Random(0).choices("ACGT", k=500_000)
+    text = "".join(letters)
+    pieces = [text[start : start + LONGEST_PIECE] for start in range(0, len(text), LONGEST_PIECE)]
+    assert train_tokenizer([text], 290) == train_tokenizer(pieces, 290)
