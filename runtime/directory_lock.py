@@ -75,8 +75,7 @@ class Ownership:
             gone = _last_owner(self._folder, newest) if newest else None
             path, self._written = _lock(self._folder, newest + 1), json.dumps(asdict(_this_process()))
             with suppress(FileExistsError):
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(self._written)
+                self._make(path)
                 # Others may have come and gone since we looked, or a network file system have shown too little.
                 if _newest(self._folder) == newest + 1:
                     self._number, self._last_beat = newest + 1, _clock()
@@ -88,6 +87,17 @@ class Ownership:
         if gone is not None:
             tell(f"{self._folder} is taken over from {gone}, which is gone")
         threading.Thread(target=self._beat_until_released, name="owning", daemon=True).start()
+
+    def _make(self, path: Path) -> None:
+        """Makes a lock file of this process. Raises FileExistsError, and OSError where nothing can be written; it then
+        leaves no file, which would be taken for one of a process that is just writing it."""
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(self._written)
+                file.flush()
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
 
     def check(self) -> None:
         """Raises RunDirectoryError where another process has taken over what this one owned, or the folder was removed
@@ -171,7 +181,7 @@ def _last_owner(folder: Path, number: int) -> str | None:
             )
         if lives is False or time.monotonic() > deadline:
             return who
-        if owner is not None and before is None:
+        if before is None:
             tell(f"{folder}: up to {SECONDS_UNTIL_DEAD:.0f} s to see whether {who} lives")
         before = now
         time.sleep(SECONDS_BETWEEN_LOOKS)

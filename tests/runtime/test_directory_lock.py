@@ -1,6 +1,7 @@
 """One owner of a run directory at a time: the living are respected, the dead succeeded by exactly one, aloud."""
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -277,3 +278,32 @@ def test_a_run_whose_directory_is_moved_ends_and_makes_nothing_in_its_place(runs
     assert not (out_dir / "run").exists()
     lines = (out_dir / "run-moved" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+def test_a_full_disk_leaves_no_lock_that_the_next_start_would_wait_for(tmp_path, owned, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    def open_full(path, *_, **__):
+        path.touch(exist_ok=False)
+        return Full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_full)
+        patch.setattr(Full, "close", lambda _: None)
+        with pytest.raises(OSError, match="No space left"):
+            owned.take()
+    assert locks(tmp_path) == []
+    owned.take()
+
+
+def test_who_waits_for_a_lock_without_a_name_says_so(tmp_path, owned, capsys, monkeypatch):
+    """Left by a host that lost its power while it wrote."""
+    (tmp_path / ".lock.1").touch()
+    monkeypatch.setattr(directory_lock, "SECONDS_UNTIL_DEAD", 0.2)
+    monkeypatch.setattr(directory_lock, "SECONDS_BETWEEN_LOOKS", 0.05)
+    owned.take()
+    first, second = capsys.readouterr().err.splitlines()
+    assert "up to 0 s to see whether a process that left no name lives" in first
+    assert "is taken over from a process that left no name" in second
