@@ -144,7 +144,7 @@ class Recorder:
             for mirror in self._mirrors:
                 stack.callback(mirror.close, failed=state == "failed")
             stack.callback(attempt, self.metrics.close)
-            if state != "completed" and self._intervals:
+            if state != "completed" and self._intervals and not self.directory.ownership.lost:
                 stack.callback(self._read_and_plot)
             # The status before the picture: a launcher whose other ranks have ended may not leave time for both.
             stack.callback(attempt, self.directory.write_status, state, step, reason)

@@ -59,6 +59,7 @@ class StepLog:
         self._checkpoint_stall = checkpoint_stall
         self._launched: LaunchedStep | None = None
         self._logged_step, self._logged_samples, self._logged_moment = step, consumed_samples, Moment(device)
+        self._goes_on_from = step
         self._waited, self._paused = 0.0, 0.0
         timer.take()  # of what was before this moment
 
@@ -110,6 +111,11 @@ class StepLog:
         reason = describe_non_finite(result.step, losses, result.micro_batches, self._mesh)
         if scale is not None:
             reason = f"float16 overflows even at a loss scale of {scale:g}, try train.precision=bf16; {reason}"
+        if 0 < result.step - 1 == self._goes_on_from:
+            reason += (
+                f"; no step was taken since step {self._goes_on_from}, so its weights may be too large for any rate: "
+                "checkpoint.resume=STEP goes back to an older checkpoint"
+            )
         raise NonFiniteError(reason)
 
     def _metrics(self, launched: LaunchedStep) -> StepMetrics:

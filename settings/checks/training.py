@@ -12,6 +12,8 @@ from settings.parameter_groups import parse_group
 LARGEST_FLOAT32 = 3.4028234663852886e38
 SMALLEST_FLOAT32 = 1.1754943508222875e-38
 """Of the normal numbers: devices take what is smaller for 0."""
+LARGEST_MUON_FACTOR = 1e4
+"""Muon multiplies a matrix's rate by at most 0.2 times the root of its longer side."""
 
 
 def check_parameter_groups(config: RunConfig) -> Iterator[str]:
@@ -30,8 +32,9 @@ def check_float32(config: RunConfig) -> Iterator[str]:
     if config.train.precision == "fp64":
         return
     why = "in float32, in which weights are updated"
-    for name in ("lr", "weight_decay"):
-        if (value := getattr(optimizer, name)) > LARGEST_FLOAT32:
+    largest_rate = LARGEST_FLOAT32 / (LARGEST_MUON_FACTOR if optimizer.name == "muon" else 1)
+    for name, largest in (("lr", largest_rate), ("weight_decay", LARGEST_FLOAT32)):
+        if (value := getattr(optimizer, name)) > largest:
             default = next(item.default for item in fields(optimizer) if item.name == name)
             yield f"optimizer.{name}={value}: is infinite {why}; the default is {default}"
     if optimizer.eps < SMALLEST_FLOAT32:
@@ -39,7 +42,7 @@ def check_float32(config: RunConfig) -> Iterator[str]:
     for text in optimizer.groups:
         with suppress(ValueError):  # which check_parameter_groups says
             settings = parse_group(text)[1]
-            if max(settings.get("lr_scale", 0.0) * optimizer.lr, *settings.values()) > LARGEST_FLOAT32:
+            if max(settings.get("lr_scale", 0.0) * optimizer.lr, *settings.values()) > largest_rate:
                 yield f"optimizer.groups: {text!r} with optimizer.lr={optimizer.lr}: is infinite {why}; use less"
 
 

@@ -149,3 +149,13 @@ def test_a_long_run_is_summed_up_in_one_reading_and_little_memory(tmp_path, monk
     recorder.close("completed", 20_000, "")
     assert readings == [tmp_path / "metrics.jsonl"]
     assert peak < 100 * 20_000  # bytes; five numbers of eight take 40
+
+
+def test_an_owner_that_was_succeeded_draws_no_picture(recorder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(recorder_module, "plot_loss", lambda *_: drawn.append(1))
+    said(recorder, 0)
+    recorder.directory.ownership.lost = True
+    monkeypatch.setattr(recorder.directory, "write_status", lambda *_: None)
+    recorder.close("failed", 1, "")
+    assert drawn == []

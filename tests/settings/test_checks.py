@@ -322,6 +322,7 @@ BAD = [
     # numbers that float32 does not have
     ("optimizer.lr=1e300", "is infinite in float32, in which weights are updated; the default is 0.0006"),
     ("optimizer.weight_decay=1e39", "is infinite in float32"),
+    ("optimizer=muon optimizer.lr=3e38", "optimizer.lr=3e+38: is infinite in float32"),
     ("optimizer.eps=1e-50", "is 0 in float32", "try optimizer.eps=1e-8"),
     (
         "optimizer.lr=1e30 optimizer.groups=['*:lr_scale=1e10']",

@@ -152,6 +152,17 @@ def test_a_line_holds_the_values_of_its_own_step_and_of_its_own_interval(make):
     assert (first.checkpoint_stall_ms, second.checkpoint_stall_ms) == (10.0, 11.0)
 
 
+def test_weights_from_which_no_step_can_be_taken_are_named(make):
+    """Weights of a checkpoint may be finite and yet so large that no smaller rate helps."""
+    with process_group(timedelta(seconds=30), {}):
+        log, *_ = make(mesh=ParallelMesh(ParallelConfig(dp_shard=1), "cpu"), step=21, consumed_samples=100)
+        log.put(result(22, Numbers(math.nan)), 108)
+        with pytest.raises(
+            NonFiniteError, match=r"no step was taken since step 21, .*checkpoint.resume=STEP goes back"
+        ):
+            log.look()
+
+
 @pytest.mark.parametrize(
     ("loss", "norm", "words"), [(math.nan, 1.0, "loss is not finite"), (1.0, math.inf, "gradient")]
 )
