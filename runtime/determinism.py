@@ -1,7 +1,6 @@
 """`train.deterministic`: operations that give the same bits every time; those that cannot are refused by name."""
 
 import re
-import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
@@ -22,10 +21,8 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
     # Of all that NCCL might choose from, what every collective has, and what no switch sums in an order of its own.
     environment.setdefault("NCCL_ALGO", "Ring")
     # torch.compile would else pick kernels, which round differently, by how fast each is at that moment. The compiler
-    # reads the variable once, as it is imported; where it has been by now, what is set holds for this thread alone.
+    # reads the variable once, as it is imported; if it has been already, the call below sets it, for this thread alone.
     environment["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-    if "torch._inductor.config" in sys.modules:
-        sys.modules["torch._inductor.config"].deterministic = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time, helps debug
     torch.backends.cudnn.deterministic = True
