@@ -34,13 +34,14 @@ class PositionedFile:
         done = 0
         while done < len(content):
             try:
-                length = os.preadv(self._descriptor, [content[done:]], offset + done)
+                found = os.pread(self._descriptor, len(content) - done, offset + done)
             except OSError as error:
                 raise OSError(error.errno, f"{error.strerror} at byte {offset + done}", str(self.path)) from error
-            if not length:
+            if not found:
                 raise CorruptDataError(
                     f"{self.path} ends at byte {offset + done}, but had {self.size} bytes when it was opened: it was "
                     f"cut while in use; restore it, or prepare the data again, and start again"
                 )
-            done += length
+            content[done : done + len(found)] = found
+            done += len(found)
         return values

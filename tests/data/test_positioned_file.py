@@ -32,8 +32,8 @@ def test_threads_read_at_the_same_time(file: PositionedFile) -> None:
 
 
 def test_what_comes_in_pieces_is_put_together(file: PositionedFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: whole(descriptor, [buffers[0][:7]], at))
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, at: whole(descriptor, min(length, 7), at))
     assert file.read(0, 1000, "<i4").tolist() == list(range(1000))
 
 
@@ -50,7 +50,7 @@ def test_a_disk_that_fails_is_an_error_of_the_file(file: PositionedFile, monkeyp
     def fail(*_arguments: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(OSError, match=rf"Input/output error at byte 8: '{file.path}'") as caught:
         file.read(8, 1, "<i4")
     assert caught.value.errno == errno.EIO
